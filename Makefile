@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each builds its own virtual environment when that is missing or older than what it is made from.
+
+PYTHON ?= python3.11
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch$(TORCH))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: demo test lint bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+else
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[demo,dev]'
+endif
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m fxparam demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv .venv-torch* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,125 @@
+"""Every private PyTorch name that fxparam leans on, in one place.
+
+A private name may move or vanish in any PyTorch release. Each is looked up here, once, and a missing one raises
+:class:`UnsupportedTorchError`, which says what was looked for and in which version. Names that exist in only some of
+the supported versions (2.11 and newer) have a fallback, with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+__all__ = [
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "UnsupportedTorchError",
+    "active_modes",
+    "functorch_level",
+    "inductor_with",
+    "inside_functorch",
+    "is_opaque_reference",
+    "is_parameter_or_buffer",
+    "is_wrapper_subclass",
+    "storage_identity",
+    "tree_flatten",
+    "tree_map",
+]
+
+
+class UnsupportedTorchError(ImportError):
+    """This PyTorch lacks a private name that fxparam needs."""
+
+
+def _lookup(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorchError(
+            f"fxparam supports PyTorch 2.11 and newer, and needs {module}.{name}.\n"
+            f"installed: torch {torch.__version__}, which does not have it\n"
+            "Install a supported PyTorch, or report this version to fxparam."
+        ) from error
+
+
+_dispatch_modes = _lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
+_function_modes = _lookup("torch.overrides", "_get_current_function_mode_stack")
+_interpreter = _lookup("torch._C._functorch", "peek_interpreter_stack")
+_level = _lookup("torch._C._functorch", "maybe_get_level")
+# Run an op on metadata alone, and see each ATen op below it: what graph/effects.py does.
+FakeTensorMode: Any = _lookup("torch._subclasses.fake_tensor", "FakeTensorMode")
+ShapeEnv: Any = _lookup("torch.fx.experimental.symbolic_shapes", "ShapeEnv")
+TorchDispatchMode: Any = _lookup("torch.utils._python_dispatch", "TorchDispatchMode")
+HigherOrderOperator: Any = _lookup("torch._ops", "HigherOrderOperator")
+tree_flatten: Any = _lookup("torch.utils._pytree", "tree_flatten")
+tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
+_inductor_wrapper = _lookup("torch", "_TorchCompileInductorWrapper")
+_is_wrapper_subclass = _lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+
+
+def active_modes() -> tuple[object, ...]:
+    """The mode objects (``TorchDispatchMode``, ``TorchFunctionMode``) that see the operations run here, outermost first."""
+    return (*_dispatch_modes(), *_function_modes())
+
+
+def inside_functorch() -> bool:
+    """Whether a ``torch.func`` transform (``grad``, ``vmap``, ``jvp``, ...) is running around this code."""
+    return _interpreter() is not None
+
+
+def functorch_level(tensor: torch.Tensor) -> int:
+    """The nesting level of the transform that wraps ``tensor``; -1 for a tensor that none wraps."""
+    return int(_level(tensor))
+
+
+def is_wrapper_subclass(tensor: object) -> bool:
+    """Whether ``tensor`` is a subclass that only holds other tensors (it has ``__tensor_flatten__``)."""
+    return bool(_is_wrapper_subclass(tensor))
+
+
+def storage_identity(tensor: torch.Tensor) -> tuple[object, object]:
+    """The storage behind ``tensor`` (hold it, so that no other takes its place) and a number that names it.
+
+    ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse tensor. The number
+    is the storage's address as an object, not that of its data: a fake tensor has no data, and warns when asked.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        return storage, storage._cdata
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None, None
+
+
+def is_opaque_reference(value: object) -> bool:
+    """Whether ``value`` is an opaque reference, which may stand where an original tensor does.
+
+    PyTorch 2.12 and older have no such originals, hence ``False`` where the names are missing.
+    """
+    try:
+        from torch._library.opaque_object import is_opaque_reference_type
+        from torch._opaque_base import OpaqueBase
+    except ImportError:
+        return False
+    return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
+
+
+def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
+    """Whether Dynamo says, in a placeholder's ``meta``, that it is a module's parameter or buffer.
+
+    Dynamo marks them for AOTAutograd's static inputs; the mark is there in frames resumed after a graph break too,
+    where module names are lost.
+    """
+    return "_dynamo_static_input_type" in (meta.get("tensor_dict") or {})
+
+
+def inductor_with(mode: str | None, options: dict[str, Any] | None) -> Any:
+    """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
+
+    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their checking and meaning live
+    in this wrapper and nowhere else.
+    """
+    return _inductor_wrapper(mode, options, None)

@@ -1,0 +1,114 @@
+"""The ``torch.compile`` backend: the list of passes, then the inner backend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxparam._private import inductor_with
+from fxparam.graph import Report, hoist
+
+__all__ = ["Backend", "backend", "default"]
+
+_log = logging.getLogger("fxparam")
+
+
+class Backend:
+    """A ``torch.compile`` backend; make one with :func:`backend`.
+
+    Attributes:
+        last_report: what the pass did to the graph compiled last, or None.
+    """
+
+    compiler_name = "fxparam"
+
+    def __init__(
+        self, inner: str | Callable[..., Any], mode: str | None, options: dict[str, Any]
+    ) -> None:
+        self._inner, self._mode, self._options = inner, mode, options
+        self.last_report: Report | None = None
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Hoist, then compile with the inner backend.
+
+        ``mode`` and ``options`` are those given to ``torch.compile``; they go to the inner
+        backend, over those given to :func:`backend`.
+        """
+        inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        # Dynamo restores the frame's own grad mode before it calls a backend.
+        result = hoist(gm, grad_enabled=torch.is_grad_enabled())
+        self.last_report = result.report
+        if result.report.entries or result.modified:
+            _log.info("%r", result.report)
+        compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
+        return compiled
+
+    def reset(self) -> None:
+        """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""
+        inner = self._configured(self._mode, self._options)
+        if hasattr(inner, "reset"):
+            inner.reset()
+
+    def _configured(self, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+        if self._inner == "inductor":
+            configured: Callable[..., Any] = inductor_with(mode, options)
+            return configured
+        inner = _lookup(self._inner)
+        extra = {k: v for k, v in (("mode", mode), ("options", options)) if v}
+        return (lambda gm, inputs: inner(gm, inputs, **extra)) if extra else inner
+
+
+def _lookup(inner: str | Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    found: Callable[..., Any] = lookup_backend(inner)
+    return found
+
+
+def backend(
+    inner: str | Callable[..., Any] = "inductor", *, mode: str | None = None, **options: Any
+) -> Backend:
+    """A ``torch.compile`` backend that shares parametrization evaluations, then calls ``inner``.
+
+    ``torch.compile(model, backend="fxparam")`` is ``torch.compile(model, backend=backend())``.
+
+    Args:
+        inner: any backend that ``torch.compile`` takes: a registered name, or a callable from a
+            ``GraphModule`` and example inputs to a callable.
+        mode: as ``torch.compile``'s, handed to ``inner``.
+        **options: as ``torch.compile(options=...)``, handed to ``inner``.
+
+    Raises:
+        ValueError: ``inner`` is no registered backend.
+        TypeError: ``inner`` is neither a string nor callable.
+
+    Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
+
+    >>> import torch
+    >>> compiled = torch.compile(torch.nn.Linear(2, 2), backend=backend("eager"))
+    >>> compiled(torch.ones(1, 2)).shape
+    torch.Size([1, 2])
+    """
+    if isinstance(inner, str):
+        names = torch._dynamo.list_backends(exclude_tags=())
+        if inner not in names:
+            known = ", ".join(sorted(set(names) - {"fxparam"}))
+            raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")
+    elif not callable(inner):
+        raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
+    return Backend(inner, mode, options)
+
+
+#: What the entry point ``fxparam`` names.
+default = Backend("inductor", None, {})

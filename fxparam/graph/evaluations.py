@@ -1,0 +1,54 @@
+"""Which nodes evaluate which parametrized tensor.
+
+Names and regions come from ``meta["nn_module_stack"]``, where Dynamo and export record the
+modules a node was traced in. They are for people (the report) and for telling a parametrization
+from other code; sharing does not depend on them, since frames resumed after a graph break may
+carry none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = ["Evaluation", "evaluations", "owner"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The nodes of one run of a parametrization.
+
+    Attributes:
+        name: qualified name of the parametrized tensor, as ``cell.weight``.
+        nodes: in graph order.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+
+
+def owner(node: Node) -> tuple[str, str] | None:
+    """The outermost ``ParametrizationList`` a node was traced in: its call and its name."""
+    for call, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        if isinstance(kind, type) and issubclass(kind, ParametrizationList):
+            return call, _readable(path)
+    return None
+
+
+def evaluations(graph: Graph) -> list[Evaluation]:
+    """Every evaluation in a graph, in the order of their first nodes."""
+    found: dict[tuple[str, str], list[Node]] = {}
+    for node in graph.nodes:
+        key = owner(node) if node.op in ("call_function", "call_method", "call_module") else None
+        if key is not None:
+            found.setdefault(key, []).append(node)
+    return [Evaluation(name, tuple(nodes)) for (_, name), nodes in found.items()]
+
+
+def _readable(path: str) -> str:
+    """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
+    path = path.replace("parametrizations.", "")
+    _, bracket, rest = path.partition("'].")
+    return rest if bracket else path

@@ -1,0 +1,78 @@
+"""The modes in force along a graph, as a key that two accesses can compare (rule 4).
+
+Mode switches are nodes that take no tensor. Grad mode and the paired switches below are followed
+exactly, so that the modes after a block are those before it; any other switch is not understood,
+and what comes after it is taken to run under modes of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+
+import torch
+from torch.fx import Node
+
+from fxparam._private import tree_flatten
+from fxparam.graph.literals import literal_key
+
+# Switches that come in pairs: by name, since Dynamo's targets move between versions of torch.
+_PAIRS = {
+    "_enter_autocast": "_exit_autocast",
+    "_enter_inference_mode": "_exit_inference_mode",
+    "_vmap_increment_nesting": "_vmap_decrement_nesting",
+    "_grad_increment_nesting": "_grad_decrement_nesting",
+    "_jvp_increment_nesting": "_jvp_decrement_nesting",
+}
+# These two name the whole mode in their arguments; a functorch level is a new one each time.
+_BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
+_NEUTRAL = {"lazy_load_decompositions"}
+
+
+class ModeStack:
+    """Follows the switches of one graph, in order."""
+
+    def __init__(self, grad_enabled: bool | None) -> None:
+        self._fresh = itertools.count()
+        self._base: Hashable = "entry"
+        self._grad: Hashable = grad_enabled
+        self._entered: list[tuple[str, Hashable]] = []
+
+    @property
+    def key(self) -> Hashable:
+        return (self._base, self._grad, tuple(self._entered))
+
+    def enter(self, node: Node) -> bool:
+        """Take a mode switch; False if the node is none."""
+        if not _is_switch(node):
+            return False
+        name = getattr(node.target, "__name__", str(node.target))
+        if name == "_set_grad_enabled":
+            self._grad = node.args[0] if isinstance(node.args[0], bool) else next(self._fresh)
+        elif name in _PAIRS:
+            by_value = name in _BY_VALUE
+            self._entered.append((name, literal_key(node.args) if by_value else next(self._fresh)))
+        elif self._entered and _PAIRS[self._entered[-1][0]] == name:
+            self._entered.pop()
+        elif name not in _NEUTRAL:
+            self._base = next(self._fresh)
+        return True
+
+
+def _is_switch(node: Node) -> bool:
+    """A call that neither takes nor returns a tensor or a number."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    values = [node.meta.get("example_value", node.meta.get("val"))]
+    values += [a.meta.get("example_value", a.meta.get("val")) for a in node.all_input_nodes]
+    if any(a.op == "get_attr" for a in node.all_input_nodes):
+        return False
+    leaves = [leaf for value in values for leaf in tree_flatten(value)[0] if leaf is not None]
+    sized = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
+    known = all(_is_switch_or_valued(a) for a in node.all_input_nodes)
+    return known and not any(isinstance(leaf, sized) for leaf in leaves)
+
+
+def _is_switch_or_valued(node: Node) -> bool:
+    # In a graph without metadata every node would look like a switch.
+    return "example_value" in node.meta or "val" in node.meta or node.op == "call_function"

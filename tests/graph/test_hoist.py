@@ -1,0 +1,264 @@
+"""The rules of sharing, one case at a time, on functions of two module-like tensors.
+
+Each case is a function of a parameter ``p`` and an input ``x``, captured by Dynamo. What is
+counted is how many times ``matrix_exp`` is left in the graph; results and gradients are compared
+with eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxparam.graph import Rule, hoist
+
+E = torch.matrix_exp
+
+
+class _Module(nn.Module):
+    def __init__(self, body: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+        self.q = nn.Parameter(self.p.detach().clone())
+        self.register_buffer("b", torch.randn(3, 3, dtype=torch.float64))
+        self.register_buffer("row", self.b[0])
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def _run(body: Callable[..., Any]) -> tuple[list[torch.fx.GraphModule], Any]:
+    """Capture, hoist, check against eager; the graphs after the pass and the result."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, twin = _Module(body), None
+    import copy
+
+    twin = copy.deepcopy(model)
+    twin.row = twin.b[0]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        result = hoist(gm, grad_enabled=torch.is_grad_enabled())
+        gm.graph.lint()
+        again = hoist(gm, grad_enabled=torch.is_grad_enabled())
+        assert not again.modified
+        graphs.append(gm)
+        gm.meta["report"] = result.report
+        return gm
+
+    x = torch.randn(3, 3, dtype=torch.float64)
+    expected, actual = model(x), torch.compile(twin, backend=keep)(x)
+    torch.testing.assert_close(actual, expected)
+    leaf = expected[0] if isinstance(expected, tuple) else expected
+    if leaf.requires_grad:
+        leaf.sum().backward()
+        (actual[0] if isinstance(actual, tuple) else actual).sum().backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=name)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)
+    return graphs, actual
+
+
+def _left(body: Callable[..., Any]) -> int:
+    graphs, _ = _run(body)
+    return sum(n.target is torch.matrix_exp for gm in graphs for n in gm.graph.nodes)
+
+
+def _plain(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p) @ (E(m.p) @ x)
+
+
+def _other_originals(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p) @ (E(m.q) @ x)
+
+
+def _literals(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p * 1) @ x + E(m.p * 1.0) @ x + E(m.p * True) @ x
+
+
+def _zeros(m: _Module, x: Tensor) -> Tensor:
+    return (E(m.p + 0.0) @ x) + (E(m.p + -0.0) @ x)
+
+
+def _original_written(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.b) @ x
+    m.b.mul_(0.5)
+    return E(m.b) @ y
+
+
+def _original_written_through_a_view(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.b) @ x
+    m.b[0].add_(1.0)
+    return E(m.b) @ y
+
+
+def _original_written_through_another_input(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.b) @ x
+    m.row.add_(1.0)
+    return E(m.b) @ y
+
+
+def _original_written_by_out(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.b) @ x
+    torch.mul(m.b, 0.5, out=m.b)
+    return E(m.b) @ y
+
+
+def _original_written_by_setitem(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.b) @ x
+    m.b[0] = 1.0
+    return E(m.b) @ y
+
+
+def _parameter_written_under_no_grad(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.p.detach()) @ x
+    with torch.no_grad():
+        m.p.mul_(0.5)
+    return E(m.p.detach()) @ y
+
+
+def _value_written(m: _Module, x: Tensor) -> Tensor:
+    first = E(m.p)
+    y = first @ x
+    again = E(m.p)
+    again.mul_(2.0)
+    return again @ y
+
+
+def _value_written_through_a_view(m: _Module, x: Tensor) -> Tensor:
+    first = E(m.b)
+    y = first @ x
+    first[0].mul_(2.0)
+    return E(m.b) @ y
+
+
+def _value_written_by_relu_inplace(m: _Module, x: Tensor) -> Tensor:
+    first = E(m.b)
+    y = torch.nn.functional.relu(first, inplace=True) @ x
+    return E(m.b) @ y
+
+
+def _value_escapes(m: _Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return E(m.p) @ (E(m.p) @ x), E(m.p)
+
+
+def _no_grad(m: _Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = E(m.p) @ x
+    return E(m.p) @ y
+
+
+def _after_no_grad(m: _Module, x: Tensor) -> Tensor:
+    y = E(m.p) @ x
+    with torch.no_grad():
+        z = x * 2
+    return E(m.p) @ (y + z)
+
+
+def _vmap(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p) @ torch.vmap(lambda row: E(m.p) @ row)(x)
+
+
+def _of_an_input(m: _Module, x: Tensor) -> Tensor:
+    return E(x) @ (E(x) @ m.p)
+
+
+def _suffix_differs(m: _Module, x: Tensor) -> Tensor:
+    return (E(m.p) + 1) @ ((E(m.p) + 2) @ x)
+
+
+def _detached(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p.detach()) @ (E(m.p) @ x)
+
+
+CASES: dict[Callable[..., Any], int] = {
+    _plain: 1,
+    _suffix_differs: 1,
+    _after_no_grad: 1,
+    _other_originals: 2,
+    _literals: 3,
+    _zeros: 2,
+    _original_written: 2,
+    _original_written_through_a_view: 2,
+    _original_written_through_another_input: 2,
+    _original_written_by_out: 2,
+    _original_written_by_setitem: 2,
+    _parameter_written_under_no_grad: 2,
+    _value_written: 2,
+    _value_written_through_a_view: 2,
+    _value_written_by_relu_inplace: 2,
+    _value_escapes: 2,
+    _no_grad: 2,
+    _vmap: 2,
+    _of_an_input: 2,
+    _detached: 2,
+}
+
+
+@pytest.mark.parametrize("body", CASES, ids=lambda body: body.__name__)
+def test_evaluations_left(body: Callable[..., Any]) -> None:
+    assert _left(body) == CASES[body]
+
+
+def test_computed_weights_share_without_any_parametrization() -> None:
+    class Property(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw = nn.Parameter(torch.randn(3, 3))
+
+        @property
+        def weight(self) -> Tensor:
+            return torch.matrix_exp(nn.functional.softplus(self.raw))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight @ (self.weight @ x)
+
+    graphs = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(hoist(gm, grad_enabled=True).graph_module)
+        return gm
+
+    model, x = Property(), torch.randn(3, 3)
+    torch.testing.assert_close(torch.compile(model, backend=keep)(x), model(x))
+    assert sum(n.target is torch.matrix_exp for n in graphs[0].graph.nodes) == 1
+
+
+def test_a_graph_without_metadata_is_left_alone() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matrix_exp(self.p) @ torch.matrix_exp(self.p) @ x
+
+    gm = torch.fx.symbolic_trace(Reads())
+    code = gm.code
+    assert not hoist(gm).modified
+    assert gm.code == code
+
+
+def test_a_function_of_the_users_own_may_write_anything() -> None:
+    graphs, _ = _run(_calls_opaque)
+    assert sum(n.target is torch.matrix_exp for n in graphs[0].graph.nodes) == 2
+
+
+@torch._dynamo.allow_in_graph
+def _opaque(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def _calls_opaque(m: _Module, x: Tensor) -> Tensor:
+    return E(m.p) @ _opaque(E(m.p) @ x)
+
+
+def test_the_rules_read_as_reasons() -> None:
+    assert all("(rule" in rule.value for rule in Rule)
