@@ -1,8 +1,9 @@
 """Every private PyTorch name that fxparam leans on, in one place.
 
-A private name may move or vanish in any PyTorch release. Each is looked up here, once, and a missing one raises
-:class:`UnsupportedTorchError`, which says what was looked for and in which version. Names that exist in only some of
-the supported versions (2.11 and newer) have a fallback, with the reason beside it.
+A private name may move or vanish in any PyTorch release. Each is looked up here, once, and a
+missing one raises :class:`UnsupportedTorchError`, which says what was looked for and in which
+version. Names that exist in only some of the supported versions (2.11 and newer) have a fallback,
+with the reason beside it.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ _is_wrapper_subclass = _lookup("torch.utils._python_dispatch", "is_traceable_wra
 
 
 def active_modes() -> tuple[object, ...]:
-    """The mode objects (``TorchDispatchMode``, ``TorchFunctionMode``) that see the operations run here, outermost first."""
+    """The dispatch and function mode objects that see the operations run here, outermost first."""
     return (*_dispatch_modes(), *_function_modes())
 
 
 def inside_functorch() -> bool:
-    """Whether a ``torch.func`` transform (``grad``, ``vmap``, ``jvp``, ...) is running around this code."""
+    """Whether a ``torch.func`` transform (``grad``, ``vmap``, ...) is running around this code."""
     return _interpreter() is not None
 
 
@@ -77,15 +78,16 @@ def functorch_level(tensor: torch.Tensor) -> int:
 
 
 def is_wrapper_subclass(tensor: object) -> bool:
-    """Whether ``tensor`` is a subclass that only holds other tensors (it has ``__tensor_flatten__``)."""
+    """Whether ``tensor`` is of a subclass that holds other tensors (``__tensor_flatten__``)."""
     return bool(_is_wrapper_subclass(tensor))
 
 
 def storage_identity(tensor: torch.Tensor) -> tuple[object, object]:
-    """The storage behind ``tensor`` (hold it, so that no other takes its place) and a number that names it.
+    """The storage behind ``tensor``, to be held so that none takes its place, and its number.
 
-    ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse tensor. The number
-    is the storage's address as an object, not that of its data: a fake tensor has no data, and warns when asked.
+    ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse
+    tensor. The number is the storage's address as an object, not that of its data: a fake tensor
+    has no data, and warns when asked.
     """
     try:
         storage = tensor.untyped_storage()
@@ -110,8 +112,8 @@ def is_opaque_reference(value: object) -> bool:
 def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
     """Whether Dynamo says, in a placeholder's ``meta``, that it is a module's parameter or buffer.
 
-    Dynamo marks them for AOTAutograd's static inputs; the mark is there in frames resumed after a graph break too,
-    where module names are lost.
+    Dynamo marks them for AOTAutograd's static inputs; the mark is there in frames resumed after a
+    graph break too, where module names are lost.
     """
     return "_dynamo_static_input_type" in (meta.get("tensor_dict") or {})
 
@@ -119,7 +121,7 @@ def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
 def inductor_with(mode: str | None, options: dict[str, Any] | None) -> Any:
     """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
 
-    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their checking and meaning live
-    in this wrapper and nowhere else.
+    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
+    checking and meaning live in this wrapper and nowhere else.
     """
     return _inductor_wrapper(mode, options, None)

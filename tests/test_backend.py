@@ -253,17 +253,17 @@ def test_a_parametrization_that_raises_midway_raises_as_in_eager() -> None:
 
 
 def test_compile_is_torch_compile() -> None:
-    import fxparam.compile as module
+    from fxparam import compile as fx_compile
 
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
-    torch.testing.assert_close(module.compile(model)(x), model(x))
+    torch.testing.assert_close(fx_compile(model)(x), model(x))
 
-    @module.compile(fullgraph=True)
+    @fx_compile(fullgraph=True)
     def double(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
     torch.testing.assert_close(double(x), x * 2)
     with pytest.raises(TypeError, match="int"):
-        module.compile(3)  # type: ignore[arg-type]
+        fx_compile(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="backend"):
-        module.compile(model, backend="eager")
+        fx_compile(model, backend="eager")

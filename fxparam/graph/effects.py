@@ -37,6 +37,24 @@ from fxparam.graph.modes import ModeStack
 
 __all__ = ["EffectTable", "Effects", "analyze"]
 
+# Higher-order ops that do no more than run their bodies. Others may do anything to their
+# operands: register_hook hangs a hook on the very tensor it is given.
+_RUNS_BODIES = {
+    "associative_scan",
+    "autograd_function_apply",
+    "checkpoint",
+    "cond",
+    "invoke_subgraph",
+    "map_impl",
+    "scan",
+    "tag_activation_checkpoint",
+    "while_loop",
+    "wrap",
+    "wrap_activation_checkpoint",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Effects:
@@ -166,13 +184,13 @@ class _Analysis:
         if self.modes.enter(node):
             opaque = not _is_torch(node)
             return Effects(flat, frozenset(), False, False, opaque, self.modes.key, ())
+        count = max(1, len(_tensors(_value(node))))
+        every = (flat | {next(self.fresh)},) * count
         if not _is_torch(node):
-            every = (flat | {next(self.fresh)},)
             return Effects(flat, flat, True, False, True, self.modes.key, every)
         op = self._op(node)
         leaves = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
-        if not op.known:
-            every = (flat | {next(self.fresh)},)
+        if not op.known or (op.outputs and len(op.outputs) != count):
             return Effects(flat, flat, True, False, False, self.modes.key, every)
         tokens: dict[int | None, int] = {}
         values = []
@@ -244,7 +262,8 @@ class _Analysis:
     def _higher_order(self, node: Node) -> _OpEffects:
         """The effects of the bodies; which operand a body's input is, is not asked."""
         bodies = [m for m in (_body(self.gm, a) for a in node.all_input_nodes) if m is not None]
-        if not bodies or _value(node) is None:
+        name = getattr(node.target, "__name__", "")
+        if name not in _RUNS_BODIES or not bodies or _value(node) is None:
             return _unknown()
         tables = [analyze(body) for body in bodies]
         effects = [e for table in tables for e in table.of.values()]
@@ -369,6 +388,8 @@ def _spec(value: Any, seat: dict[Node, int]) -> Hashable:
     ``seat`` numbers the argument nodes: x.add_(x) is not x.add_(y).
     """
     if isinstance(value, Node):
+        if _value(value) is None:
+            raise NotImplementedError(f"no metadata for {value}")
         leaves, tree = tree_flatten(_value(value))
         return ("node", seat[value], str(tree), tuple(map(_describe, leaves)))
     if isinstance(value, (tuple, list)):

@@ -7,11 +7,13 @@ with eager.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fxparam.graph import Rule, hoist
@@ -36,9 +38,7 @@ def _run(body: Callable[..., Any]) -> tuple[list[torch.fx.GraphModule], Any]:
     """Capture, hoist, check against eager; the graphs after the pass and the result."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model, twin = _Module(body), None
-    import copy
-
+    model = _Module(body)
     twin = copy.deepcopy(model)
     twin.row = twin.b[0]
     graphs: list[torch.fx.GraphModule] = []
@@ -178,6 +178,26 @@ def _detached(m: _Module, x: Tensor) -> Tensor:
     return E(m.p.detach()) @ (E(m.p) @ x)
 
 
+def _hooked(m: _Module, x: Tensor) -> Tensor:
+    first = E(m.p)
+    first.register_hook(lambda grad: grad * 2)
+    return E(m.p) @ (first @ x)
+
+
+def _through_jvp(m: _Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(lambda t: E(m.p) @ (E(m.p) @ t), (x,), (x,))[1]
+
+
+def _through_func_grad(m: _Module, x: Tensor) -> Tensor:
+    grad = torch.func.grad(lambda w: (w @ E(m.p) @ x).sum())(E(m.p))
+    return grad @ E(m.p)
+
+
+def _checkpointed(m: _Module, x: Tensor) -> Tensor:
+    y = torch.utils.checkpoint.checkpoint(torch.tanh, E(m.p) @ x, use_reentrant=False)
+    return E(m.p) @ y
+
+
 CASES: dict[Callable[..., Any], int] = {
     _plain: 1,
     _suffix_differs: 1,
@@ -199,6 +219,10 @@ CASES: dict[Callable[..., Any], int] = {
     _vmap: 2,
     _of_an_input: 2,
     _detached: 2,
+    _hooked: 2,
+    _through_jvp: 1,
+    _through_func_grad: 3,  # a transform brings switches that are not understood
+    _checkpointed: 1,
 }
 
 

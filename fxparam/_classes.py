@@ -1,0 +1,215 @@
+"""The class of a parametrized module: one for each (original class, parametrized names).
+
+``Parametrized<Name>`` derives from the original class alone, as torch's does, so that torch's own
+functions find the original class in ``__bases__[0]``. Unlike torch's it is shared: twenty equal
+layers have one class, and what is traced for one serves all. Hence nothing about an instance may
+live in it: its properties look up the instance's own ``ParametrizationList``, and where there is
+none they step aside for a plain parameter or attribute of that name.
+
+torch's functions add properties to a module's class, and delete them from it. The metaclass takes
+such changes so that no other instance notices them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict
+
+from fxparam import _context, scopes
+from fxparam._hooks import with_picklable_hooks
+
+__all__ = ["chain_of", "chains_of", "make_class", "original_class", "parametrized_names"]
+
+_KEY = "_fxparam_key"
+_lock = threading.Lock()
+_classes: WeakValueDictionary[tuple[type, frozenset[str]], type] = WeakValueDictionary()
+
+
+def chains_of(module: Module) -> ModuleDict | None:
+    """The ``ModuleDict`` of parametrization lists that ``module`` itself holds, or None."""
+    chains = module._modules.get("parametrizations")
+    return chains if isinstance(chains, ModuleDict) else None
+
+
+def chain_of(module: Module, name: str) -> Any:
+    """The parametrization list of ``module.<name>``, or None."""
+    chains = chains_of(module)
+    return None if chains is None else chains._modules.get(name)
+
+
+def original_class(cls: type) -> type | None:
+    """The class before parametrizations, if ``cls`` is one that ours or torch's functions made."""
+    if _KEY in cls.__dict__:
+        original: type = cls.__dict__[_KEY][0]
+        return original
+    base = cls.__bases__[0] if len(cls.__bases__) == 1 else None
+    if (
+        base is not None
+        and cls.__module__ == "torch.nn.utils.parametrize"
+        and cls.__name__ == f"Parametrized{base.__name__}"
+    ):
+        return base
+    return None
+
+
+def parametrized_names(cls: type) -> frozenset[str] | None:
+    """The names a shared class was made for; None for any other class."""
+    key = cls.__dict__.get(_KEY)
+    return None if key is None else key[1]
+
+
+def make_class(original: type, names: frozenset[str]) -> type:
+    """The one class for modules of class ``original`` with parametrized tensors ``names``.
+
+    ``original`` itself when there are none.
+    """
+    if not names:
+        return original
+    with _lock:
+        cls = _classes.get((original, names))
+        if cls is None:
+            namespace: dict[str, Any] = {
+                "__module__": __name__,
+                "__doc__": original.__doc__,
+                "__reduce_ex__": _reduce_method(original, names),
+                "__setstate__": _setstate_method(original),
+                **{name: _property(original, name) for name in sorted(names)},
+            }
+            # Through type, past the metaclass below: it keeps everyone else from doing this.
+            meta = _metaclass(type(original))
+            cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
+            type.__setattr__(cls, _KEY, (original, names))
+            _classes[original, names] = cls
+        return cls
+
+
+@lru_cache(maxsize=64)
+def _metaclass(base: Any) -> Any:
+    """A metaclass, derived from that of the original class, which keeps a shared class as it is."""
+
+    def set_attribute(cls: type, name: str, value: object) -> None:
+        # torch's register_parametrization sets a property bound to one module.
+        getter = value.fget if isinstance(value, property) else None
+        if getter is not None and getter.__module__ == "torch.nn.utils.parametrize":
+            value = _property(cls.__bases__[0], name)
+        base.__setattr__(cls, name, value)
+
+    def delete_attribute(cls: type, name: str) -> None:
+        # torch's remove_parametrizations: the instance has lost its list, which is enough. Other
+        # instances still need the property.
+        if not _is_ours(cls.__dict__.get(name)):
+            base.__delattr__(cls, name)
+
+    return type(
+        f"Shared{base.__name__}",
+        (base,),
+        {"__setattr__": set_attribute, "__delattr__": delete_attribute, "__module__": __name__},
+    )
+
+
+def _property(original: type, name: str) -> property:
+    """``module.<name>``: evaluated at each access, or shared by the region around it."""
+
+    def get_parametrized(self: Module) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            raise RuntimeError("Parametrization is not working with scripting.")
+        chain = chain_of(self, name)
+        if chain is None:
+            return _plain(self, name, original)  # type: ignore[no-any-return]
+        if _context.active:
+            return scopes.read(chain)
+        return chain()  # type: ignore[no-any-return]
+
+    def set_original(self: Module, value: Tensor) -> None:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            raise RuntimeError("Parametrization is not working with scripting.")
+        chain = chain_of(self, name)
+        if chain is None:
+            _set_plain(self, name, value, original)
+            return
+        if _context.active:
+            scopes.forget(chain)
+        chain.right_inverse(value)
+
+    get_parametrized._fxparam_property = True  # type: ignore[attr-defined]
+    return property(get_parametrized, set_original)
+
+
+def _is_ours(attribute: object) -> bool:
+    return isinstance(attribute, property) and hasattr(attribute.fget, "_fxparam_property")
+
+
+def _plain(module: Module, name: str, original: type) -> Any:
+    """``module.<name>`` of an instance that has no parametrization of that name."""
+    attribute = inspect.getattr_static(original, name, None)
+    if hasattr(type(attribute), "__set__"):
+        return attribute.__get__(module, type(module))
+    if name in module.__dict__:
+        return module.__dict__[name]
+    if attribute is not None:
+        return getattr(super(type(module), module), name)
+    for store in (module._parameters, module._buffers, module._modules):
+        if name in store:
+            return store[name]
+    # Python now asks the class's __getattr__, as it does for any name it has not found.
+    raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+
+
+def _set_plain(module: Module, name: str, value: object, original: type) -> None:
+    attribute = inspect.getattr_static(original, name, None)
+    if hasattr(type(attribute), "__set__"):
+        attribute.__set__(module, value)
+    else:
+        module.__dict__[name] = value
+
+
+def _reduce_method(original: Any, names: frozenset[str]) -> Callable[[Any, Any], Any]:
+    """``__reduce_ex__`` of a shared class, which serves pickle, ``torch.save`` and ``copy``.
+
+    The original class says how its instances are reduced (its own ``__reduce_ex__``,
+    ``__reduce__``, ``__getstate__``); the shared class, which no module holds under its name, is
+    replaced by the original one and made again on the other side.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        reducer = copyreg.dispatch_table.get(original)
+        reduced = reducer(self) if reducer else original.__reduce_ex__(self, protocol)
+        if isinstance(reduced, str):
+            return reduced
+        make, arguments, *rest = reduced
+        shared = type(self)
+        make, *arguments = (original if x is shared else x for x in (make, *arguments))
+        if rest:
+            rest[0] = with_picklable_hooks(rest[0])
+        return (_rebuild, (original, tuple(sorted(names)), make, *arguments), *rest)
+
+    return __reduce_ex__
+
+
+def _rebuild(original: type, names: tuple[str, ...], make: Any, *arguments: Any) -> Any:
+    """An instance of the shared class, made as the original class makes its own."""
+    instance = make(*arguments)
+    if type(instance) is original:
+        object.__setattr__(instance, "__class__", make_class(original, frozenset(names)))
+    return instance
+
+
+def _setstate_method(original: Any) -> Callable[[Any, Any], None]:
+    def __setstate__(self: Any, state: Any) -> None:
+        if original.__setstate__ is Module.__setstate__ and isinstance(state, tuple):
+            # A class with __slots__; Module.__setstate__ only knows about the dictionary.
+            state, slots = state
+            for name, value in slots.items():
+                setattr(self, name, value)
+        original.__setstate__(self, state or {})
+
+    return __setstate__

@@ -1,0 +1,118 @@
+"""What a value of a parametrized tensor was computed from, so that a stale one is never reused.
+
+A snapshot lists everything an evaluation reads that can be compared: the chain's modules, the
+tensors they hold (the originals among them), and for each tensor its identity, version counter,
+storage, shape, strides, dtype and whether it asks for a gradient. Two snapshots of one chain are
+equal when nothing of it was exchanged or written in between.
+
+What no version counter sees is not seen here either: a write through ``tensor.data``, through
+NumPy, or to a Python attribute of a parametrization other than ``training`` and plain tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fxparam import _private
+
+__all__ = ["Entry", "Snapshot"]
+
+
+def _tensors_of(module: Module) -> list[Tensor]:
+    """Parameters, buffers and plain tensor attributes of ``module`` itself."""
+    # Plain attributes too: replicas of a module hold their parameters that way.
+    held = (module._parameters, module._buffers, module.__dict__)
+    return [value for store in held for value in store.values() if isinstance(value, Tensor)]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The version counter; None for an inference tensor, which has none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Snapshot:
+    """The state of a chain at one moment: objects to compare by identity, facts by value.
+
+    Args:
+        chain: a ``ParametrizationList``; not kept, as an entry must not keep its own key alive.
+    """
+
+    __slots__ = ("facts", "level", "objects", "pins", "tracked")
+
+    def __init__(self, chain: Module) -> None:
+        self.objects: list[object] = []
+        self.facts: list[object] = []
+        self.pins: list[object] = []
+        self.level = -1
+        self.tracked = True
+        self._visit(chain)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        return (
+            len(self.objects) == len(other.objects)
+            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+            and self.facts == other.facts
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # compared, never looked up
+
+    def _visit(self, module: Module) -> None:
+        self.facts.append(module.training)
+        for tensor in _tensors_of(module):
+            self._add(tensor)
+        for name, value in module.__dict__.items():
+            if name.startswith("original") and not isinstance(value, Tensor):
+                self.objects.append(value)  # an opaque original
+        for name, child in module._modules.items():
+            if child is not None:
+                self.objects.append(child)
+                self.facts.append(name)
+                self._visit(child)
+
+    def _add(self, tensor: Tensor) -> None:
+        version = _version(tensor)
+        storage, address = _private.storage_identity(tensor)
+        self.objects.append(tensor)
+        self.pins.append(storage)
+        self.tracked = self.tracked and version is not None
+        self.facts += (version, address, tensor.requires_grad, tensor.dtype, tensor.shape)
+        if tensor.layout is torch.strided:
+            self.facts += (tensor.stride(), tensor.storage_offset() if storage else None)
+        if _private.inside_functorch():
+            self.level = max(self.level, _private.functorch_level(tensor))
+        if _private.is_wrapper_subclass(tensor):
+            # The outer tensor does not see a write to an inner one.
+            for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+                inner = getattr(tensor, name)
+                if isinstance(inner, Tensor):
+                    self._add(inner)
+
+
+class Entry(NamedTuple):
+    """A value that a region may hand out again, and the conditions under which it may."""
+
+    value: Tensor
+    version: int | None
+    snapshot: Snapshot
+    # The modes are part of the key by id(); held here, so that no other object takes that id.
+    modes: tuple[object, ...]
+
+    @classmethod
+    def of(cls, value: Tensor, snapshot: Snapshot, modes: tuple[object, ...]) -> Entry | None:
+        """An entry for ``value``, or None when it must not outlive this read."""
+        if not isinstance(value, Tensor) or not snapshot.tracked:
+            return None
+        if _private.inside_functorch() and _private.functorch_level(value) > snapshot.level:
+            # Wrapped by a transform that no original knows: nothing would tell when its level ends.
+            return None
+        return cls(value, _version(value), snapshot, modes)
+
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether what the value was computed from is as it was, and the value itself too."""
+        return self.version == _version(self.value) and self.snapshot == snapshot

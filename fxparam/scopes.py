@@ -1,0 +1,155 @@
+"""How long one evaluation of a parametrized tensor is shared at run time.
+
+:func:`cached` opens a region in which every parametrized tensor is evaluated once and then handed
+out again, as long as that value is still the one a new evaluation would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fxparam import _context, _private
+from fxparam._stamp import Entry, Snapshot
+
+__all__ = ["cached"]
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _untraced(function: F) -> F:
+    """Let compiled code leave its graph for ``function``, which Dynamo cannot trace."""
+    reason = "the values of a fxparam.cached() region are kept outside compiled graphs"
+    return cast("F", torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
+
+
+@_untraced
+def _enter() -> tuple[_context.Region, object]:
+    region = _context.current()
+    token = None
+    if region is None:
+        region = _context.Region()
+        token = _context.region_variable.set(region)
+    region.enter()
+    return region, token
+
+
+@_untraced
+def _leave(entered: tuple[_context.Region, object]) -> None:
+    region, token = entered
+    region.leave()
+    if token is not None:
+        # A generator may be closed in another context than it ran in. That context never saw this
+        # region, and the region, left, is not usable any more.
+        with suppress(ValueError):
+            _context.region_variable.reset(token)  # type: ignore[arg-type]
+
+
+@contextmanager
+def cached() -> Iterator[None]:
+    """Share the value of every parametrized tensor in a ``with`` block (or decorated function).
+
+    The first access evaluates; later ones get the same tensor object. A value is handed out again
+    only while a new evaluation would give the same: for the same original tensors (by identity),
+    none of them and no buffer of the parametrizations written since, the value itself not written
+    either, the parametrizations in the same training mode, and under the same grad, inference and
+    autocast modes, default dtype and device. Otherwise the tensor is evaluated anew.
+    Parametrizations with effects (a power iteration, a random mask) thus have them once a region.
+
+    A region belongs to one thread of execution: other threads neither see its values nor clear
+    them, and an asyncio task has the region of the code that started it. Regions nest: values live
+    until the outermost ends, also by an exception. Shapes and dtypes are those of ``module.<name>``
+    outside a region.
+
+    Raises:
+        RuntimeError: on reading a parametrized tensor while ``torch.jit.trace`` runs inside the
+        region.
+
+    Source: :func:`torch.nn.utils.parametrize.cached`, whose values can be stale where these cannot.
+
+    Note:
+        Writes that no version counter records (through ``tensor.data`` or NumPy) are not noticed.
+        Inference tensors have no version counter: originals that are inference tensors are
+        evaluated at each access, and a value read in inference mode must not be written in place.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> class Double(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x
+        >>> layer = fxparam.register_parametrization(torch.nn.Linear(2, 2), "weight", Double())
+        >>> layer.weight is layer.weight
+        False
+        >>> with fxparam.cached():
+        ...     print(layer.weight is layer.weight)
+        True
+    """
+    entered = _enter()
+    try:
+        yield
+    finally:
+        _leave(entered)
+
+
+def _ambient() -> tuple[object, ...]:
+    """The modes that change what an evaluation gives, apart from mode objects."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in devices),
+    )
+
+
+@_untraced
+def read(chain: Module) -> Tensor:
+    """The value of ``chain`` in the current region: one that is still right, or a new one.
+
+    Args:
+        chain: a ``ParametrizationList``.
+
+    Raises:
+        RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
+        constant.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "Cannot trace a model while caching parametrizations: a traced graph would hold the "
+            "cached value as a constant.\n"
+            "required: torch.jit.trace outside of fxparam.cached()\n"
+            "found: torch.jit.trace inside of it"
+        )
+    region = _context.current()
+    if region is None:
+        return chain()  # type: ignore[no-any-return]
+    modes = _private.active_modes()
+    key = (_ambient(), tuple(map(id, modes)))
+    entry = region.entries.get(chain, {}).get(key)
+    if entry is not None and entry.holds(Snapshot(chain)):
+        return entry.value
+    value: Tensor = chain()
+    # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
+    # make its value stale.
+    entry = Entry.of(value, Snapshot(chain), modes)
+    entries = region.entries.setdefault(chain, {})
+    if entry is None:
+        entries.pop(key, None)
+    else:
+        entries[key] = entry
+    return value
+
+
+@_untraced
+def forget(chain: Module) -> None:
+    """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
+    region = _context.current()
+    if region is not None:
+        region.entries.pop(chain, None)

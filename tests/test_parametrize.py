@@ -1,0 +1,518 @@
+"""The contract of registration, assignment and removal, row by row, ours beside torch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as torch_parametrize
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
+
+import fxparam.parametrize as ours
+from tests import zoo
+
+NAMES = (
+    "register_parametrization",
+    "remove_parametrizations",
+    "cached",
+    "is_parametrized",
+    "ParametrizationList",
+    "type_before_parametrizations",
+    "transfer_parametrizations_and_params",
+)
+
+
+@pytest.fixture(params=["ours", "torch"])
+def api(request: pytest.FixtureRequest) -> ModuleType:
+    """Every row is walked with torch's functions too: that it is their contract is checked."""
+    return ours if request.param == "ours" else torch_parametrize
+
+
+@pytest.fixture(params=[False, True], ids=["set", "swap"])
+def swap(request: pytest.FixtureRequest) -> Iterator[bool]:
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
+    yield request.param
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_every_name_is_there() -> None:
+    assert all(hasattr(ours, name) for name in NAMES)
+    assert set(torch_parametrize.__all__) <= set(ours.__all__)
+    for name in NAMES:
+        assert getattr(ours, name) is not getattr(torch_parametrize, name)
+
+
+# --- registration -----------------------------------------------------------------------------
+
+
+def test_a_parameter(api: Any, swap: bool) -> None:
+    layer = zoo.linear()
+    weight, value = layer.weight, layer.weight.detach().clone()
+    assert api.register_parametrization(layer, "weight", zoo.Symmetric()) is layer
+    chain = layer.parametrizations.weight
+    assert chain.original is weight
+    assert isinstance(weight, nn.Parameter) and weight.requires_grad
+    assert_close(weight.detach(), value.triu())
+    assert_close(layer.weight, value.triu() + value.triu(1).mT)
+    assert "weight" not in layer._parameters
+    assert list(layer.state_dict()) == ["bias", "parametrizations.weight.original"]
+    layer.weight.sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer(api: Any, swap: bool, persistent: bool) -> None:
+    module = zoo.WithBuffer(torch.ones(3), persistent)
+    table = module.table
+    api.register_parametrization(module, "table", zoo.Double())
+    assert module.parametrizations.table.original is table
+    assert not isinstance(table, nn.Parameter)
+    assert_close(module.table, torch.ones(3))
+    assert_close(table, torch.full((3,), 0.5))
+    # Also where it was not persistent: a parametrized buffer is in the state dict.
+    assert list(module.state_dict()) == ["parametrizations.table.original"]
+    api.remove_parametrizations(module, "table")
+    assert module.table is table and "table" in module._buffers
+    assert list(module.state_dict()) == ["table"]
+
+
+def test_a_chain(api: Any) -> None:
+    layer = zoo.linear()
+    value = layer.weight.detach().clone()
+    first, second = zoo.Double(), zoo.Skew()
+    api.register_parametrization(layer, "weight", first)
+    api.register_parametrization(layer, "weight", second)
+    chain = layer.parametrizations.weight
+    assert list(chain) == [first, second] and len(chain) == 2
+    assert chain[0] is first and chain[1] is second and chain[-1] is second
+    assert_close(layer.weight, value.tril(-1) - value.tril(-1).mT)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_several_originals(api: Any, swap: bool, terms: int) -> None:
+    layer = zoo.linear()
+    value = layer.weight.detach().clone()
+    api.register_parametrization(layer, "weight", zoo.Sum(terms))
+    chain = layer.parametrizations.weight
+    names = [f"original{i}" for i in range(terms)]
+    assert list(chain._parameters) == names
+    assert not hasattr(chain, "original") and not hasattr(chain, f"original{terms}")
+    assert (chain.is_tensor, chain.ntensors, chain.unsafe) == (False, terms, False)
+    assert_close(layer.weight, value)
+    api.remove_parametrizations(layer, "weight")
+    assert isinstance(layer.weight, nn.Parameter) and type(layer) is nn.Linear
+    assert_close(layer.weight.detach(), value)
+
+
+@pytest.mark.parametrize("parametrization", [zoo.Double, zoo.Sum, zoo.Skew])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_requires_grad_is_kept(api: Any, parametrization: Any, requires_grad: bool) -> None:
+    layer = zoo.linear()
+    layer.weight.requires_grad_(requires_grad)
+    api.register_parametrization(layer, "weight", parametrization())
+    assert all(p.requires_grad == requires_grad for p in layer.parametrizations.parameters())
+    assert layer.weight.requires_grad == requires_grad
+
+
+def test_right_inverse_may_be_absent_or_not_implemented(api: Any) -> None:
+    class Refuses(zoo.Skew):
+        def right_inverse(self, y: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    for parametrization in (zoo.Skew(), Refuses()):
+        layer = zoo.linear()
+        value = layer.weight.detach().clone()
+        api.register_parametrization(layer, "weight", parametrization)
+        assert_close(layer.parametrizations.weight.original.detach(), value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_mode_is_taken_over(api: Any, training: bool) -> None:
+    layer = zoo.linear().train(training)
+    parametrization = nn.Sequential(zoo.Identity().train(not training)).train(not training)
+    api.register_parametrization(layer, "weight", parametrization)
+    api.register_parametrization(layer, "weight", zoo.Identity().train(not training))
+    assert parametrization.training is parametrization[0].training is training
+    assert layer.parametrizations.weight[1].training is training
+
+
+def test_unsafe_may_change_shape_and_dtype(api: Any) -> None:
+    class FirstRowDouble(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:1].double()
+
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", FirstRowDouble(), unsafe=True)
+    assert layer.weight.shape == (1, 3) and layer.weight.dtype == torch.float64
+    assert layer.parametrizations.weight.unsafe
+    # Once unsafe, always: the flag is about the chain.
+    api.register_parametrization(layer, "weight", zoo.Identity())
+    assert layer.parametrizations.weight.unsafe
+
+
+def test_unsafe_evaluates_nothing(api: Any) -> None:
+    counted = zoo.Counted()
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", counted, unsafe=True)
+    api.register_parametrization(layer, "weight", counted, unsafe=True)
+    assert counted.evaluations == 0
+
+
+def test_several_tensors_of_a_module(api: Any) -> None:
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", zoo.Double())
+    cls = type(layer)
+    assert cls.__name__ == "ParametrizedLinear" and cls.__bases__ == (nn.Linear,)
+    api.register_parametrization(layer, "bias", zoo.Double())
+    assert type(layer).__name__ == "ParametrizedLinear"
+    assert api.type_before_parametrizations(layer) is nn.Linear
+    assert list(layer.parametrizations) == ["weight", "bias"]
+    api.remove_parametrizations(layer, "weight")
+    assert api.is_parametrized(layer) and not api.is_parametrized(layer, "weight")
+    assert api.type_before_parametrizations(layer) is nn.Linear
+    api.remove_parametrizations(layer, "bias")
+    assert type(layer) is api.type_before_parametrizations(layer) is nn.Linear
+    assert not hasattr(layer, "parametrizations")
+
+
+def test_a_list_made_by_hand(api: Any) -> None:
+    weight = nn.Parameter(torch.eye(3))
+    chain = api.ParametrizationList([zoo.Double()], weight)
+    assert chain.original is weight and not chain.unsafe
+    assert_close(weight.detach(), torch.eye(3) / 2)
+    assert_close(chain(), torch.eye(3))
+    chain.right_inverse(torch.ones(3, 3))
+    assert_close(weight.detach(), torch.ones(3, 3) / 2)
+
+
+# --- assignment -------------------------------------------------------------------------------
+
+
+def test_assignment(api: Any, swap: bool) -> None:
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", zoo.Symmetric())
+    api.register_parametrization(layer, "weight", zoo.Double())
+    original = layer.parametrizations.weight.original
+    layer.weight = torch.eye(3)
+    assert layer.parametrizations.weight.original is original
+    assert_close(layer.weight.detach(), torch.eye(3))
+    assert_close(original.detach(), torch.eye(3) / 2)
+
+
+def test_assignment_to_several_originals(api: Any, swap: bool) -> None:
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", zoo.Sum(3))
+    before = list(layer.parametrizations.weight.parameters())
+    layer.weight = torch.eye(3)
+    assert all(
+        a is b for a, b in zip(before, layer.parametrizations.weight.parameters(), strict=True)
+    )
+    assert_close(layer.weight.detach(), torch.eye(3))
+
+
+def test_assignment_may_write_the_parametrization(api: Any) -> None:
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", zoo.Bordered(layer.weight.detach()))
+    layer.weight = torch.eye(3)
+    assert_close(layer.parametrizations.weight[0].base, torch.eye(3))
+    assert_close(layer.weight.detach(), torch.eye(3))
+
+
+def test_an_optimizer_made_before_goes_on(api: Any) -> None:
+    layer = zoo.linear()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    api.register_parametrization(layer, "weight", zoo.Symmetric())
+    for _ in range(2):
+        before = layer.weight.detach().clone()
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(layer.weight, before)
+    api.remove_parametrizations(layer, "weight")
+    before = layer.weight.detach().clone()
+    optimizer.zero_grad()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+# --- removal ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leave_parametrized", [True, False])
+def test_removal(api: Any, swap: bool, leave_parametrized: bool) -> None:
+    layer = zoo.linear()
+    weight = layer.weight
+    api.register_parametrization(layer, "weight", zoo.Symmetric())
+    api.register_parametrization(layer, "weight", zoo.Double())
+    expected = (layer.weight if leave_parametrized else weight).detach().clone()
+    assert api.remove_parametrizations(layer, "weight", leave_parametrized) is layer
+    assert layer.weight is weight is layer._parameters["weight"]
+    assert_close(weight.detach(), expected)
+    assert type(layer) is nn.Linear and set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_registering_again_after_removal(api: Any) -> None:
+    layer = zoo.linear()
+    weight = layer.weight
+    for _ in range(3):
+        api.register_parametrization(layer, "weight", zoo.Symmetric())
+        api.remove_parametrizations(layer, "weight")
+    assert layer.weight is weight
+    assert_close(weight, weight.mT)
+
+
+def test_removal_may_leave_another_shape(api: Any, swap: bool) -> None:
+    class Resize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[[0]]
+
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", Resize(), unsafe=True)
+    api.remove_parametrizations(layer, "weight")
+    assert layer.weight.shape == (1, 3)
+
+
+# --- parametrized originals -------------------------------------------------------------------
+
+
+def test_an_original_may_be_parametrized(api: Any) -> None:
+    layer = zoo.linear()
+    weight = layer.weight
+    value = weight.detach().clone()
+    api.register_parametrization(layer, "weight", zoo.Skew())
+    chain = layer.parametrizations.weight
+    api.register_parametrization(chain, "original", zoo.Symmetric())
+    assert api.is_parametrized(chain, "original")
+    assert isinstance(chain, api.ParametrizationList)
+    symmetric = value.triu() + value.triu(1).mT
+    assert_close(layer.weight, symmetric.tril(-1) - symmetric.tril(-1).mT)
+    assert "parametrizations.weight.parametrizations.original.original" in layer.state_dict()
+    api.remove_parametrizations(chain, "original", leave_parametrized=False)
+    assert type(chain) is api.ParametrizationList and chain.original is weight
+    api.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert layer.weight is weight and type(layer) is nn.Linear
+
+
+def test_a_parametrized_original_is_served_in_full() -> None:
+    """Assigning, appending and removing reach the stored tensor; torch's do not."""
+    layer = zoo.linear()
+    weight = layer.weight
+    ours.register_parametrization(layer, "weight", zoo.Double())
+    ours.register_parametrization(layer.parametrizations.weight, "original", zoo.Symmetric())
+    layer.weight = torch.eye(3)
+    assert_close(layer.weight.detach(), torch.eye(3))
+    ours.register_parametrization(layer, "weight", zoo.Skew())
+    assert_close(layer.weight.detach(), torch.zeros(3, 3))
+    for leave_parametrized in (False, True):
+        twin = copy.deepcopy(layer)
+        expected = twin.weight if leave_parametrized else twin.parametrizations.weight.original
+        stored = twin.parametrizations.weight.parametrizations.original.original
+        ours.remove_parametrizations(twin, "weight", leave_parametrized)
+        assert twin.weight is stored and "weight" in twin._parameters
+        assert_close(stored.detach(), expected.detach())
+    assert layer.parametrizations.weight.parametrizations.original.original is weight
+
+
+# --- transfer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parametrization", [zoo.Symmetric, zoo.Sum, zoo.Skew])
+def test_transfer(api: Any, parametrization: Any) -> None:
+    source, target = zoo.linear(), zoo.linear()
+    api.register_parametrization(source, "weight", parametrization())
+    api.register_parametrization(source, "weight", zoo.Double())
+    before = source.weight.detach().clone()
+    assert api.transfer_parametrizations_and_params(source, target) is target
+    assert api.is_parametrized(target, "weight") and not api.is_parametrized(target, "bias")
+    assert_close(target.weight, source.weight)
+    assert_close(source.weight.detach(), before)
+    mine, theirs = target.parametrizations.weight, source.parametrizations.weight
+    assert mine is not theirs and list(mine) == list(theirs)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert a is b
+    with api.cached():
+        assert target.weight is target.weight and target.weight is not source.weight
+    api.remove_parametrizations(target, "weight")
+    assert api.is_parametrized(source, "weight")
+
+
+def test_transfer_of_one_tensor_and_of_a_missing_one(api: Any) -> None:
+    source, target = zoo.linear(), zoo.linear()
+    source.extra = nn.Parameter(torch.randn(2))
+    for name in ("weight", "bias", "extra"):
+        api.register_parametrization(source, name, zoo.Double())
+    api.transfer_parametrizations_and_params(source, target, "extra")
+    assert list(target.parametrizations) == ["extra"]
+    assert_close(target.extra, source.extra)
+    api.transfer_parametrizations_and_params(source, target, "bias")
+    assert list(target.parametrizations) == ["extra", "bias"]
+
+
+def test_transfer_to_a_subclass(api: Any) -> None:
+    class Quantized(nn.Linear):
+        pass
+
+    source, target = zoo.linear(), Quantized(3, 3)
+    api.register_parametrization(source, "weight", zoo.Symmetric())
+    api.transfer_parametrizations_and_params(source, target)
+    assert api.type_before_parametrizations(target) is Quantized
+    assert_close(target.weight, source.weight)
+
+
+def test_transfer_from_a_plain_module_does_nothing(api: Any) -> None:
+    source, target = zoo.linear(), zoo.linear()
+    before = zoo.everything(target)
+    assert api.transfer_parametrizations_and_params(source, target) is target
+    assert zoo.everything(target) == before
+
+
+def test_transfer_onto_a_parametrized_tensor_appends(api: Any) -> None:
+    source, target = zoo.linear(), zoo.linear()
+    api.register_parametrization(source, "weight", zoo.Double())
+    api.register_parametrization(target, "weight", zoo.Symmetric())
+    chain = target.parametrizations.weight
+    api.transfer_parametrizations_and_params(source, target)
+    assert target.parametrizations.weight is chain and len(chain) == 2
+    assert chain.original is source.parametrizations.weight.original
+
+
+def test_transfer_leaves_the_target_parameter_alone() -> None:
+    """The parameter it replaces is not written; torch sets it to its right inverse on the way."""
+    for api, kept in ((ours, True), (torch_parametrize, False)):
+        source, target = zoo.linear(), zoo.linear()
+        weight, value = target.weight, target.weight.detach().clone()
+        api.register_parametrization(source, "weight", zoo.Double())
+        api.transfer_parametrizations_and_params(source, target)
+        assert torch.equal(weight.detach(), value) is kept
+
+
+# --- tensor subclasses ------------------------------------------------------------------------
+
+
+class Wrap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return TwoTensor(x, x)
+
+
+class Unwrap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.a
+
+
+class WrapInverse(zoo.Identity):
+    def right_inverse(self, y: Tensor) -> Tensor:
+        return TwoTensor(y, y)
+
+
+@pytest.mark.parametrize("leave_parametrized", [True, False])
+@pytest.mark.parametrize(
+    ("parametrization", "start", "stored", "value"),
+    [
+        (Wrap, Tensor, Tensor, TwoTensor),
+        (Unwrap, TwoTensor, TwoTensor, Tensor),
+        (WrapInverse, Tensor, TwoTensor, TwoTensor),
+    ],
+)
+def test_wrapper_subclasses(
+    api: Any,
+    parametrization: Any,
+    start: type,
+    stored: type,
+    value: type,
+    leave_parametrized: bool,
+) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = nn.Module()
+        plain = [torch.randn(2, 2) for _ in range(2)]
+        data = [TwoTensor(x, x) if start is TwoTensor else x for x in plain]
+        module.weight = nn.Parameter(data[0])
+        module.register_buffer("table", data[1])
+        tensors = SimpleNamespace(weight=module.weight, table=module.table)
+        for name in ("weight", "table"):
+            tensor = getattr(tensors, name)
+            api.register_parametrization(module, name, parametrization())
+            original = module.parametrizations[name].original
+            assert original is tensor and isinstance(original, stored)
+            assert isinstance(original, TwoTensor) == (stored is TwoTensor)
+            assert isinstance(original, nn.Parameter) == (name == "weight")
+            api.remove_parametrizations(module, name, leave_parametrized)
+            left = value if leave_parametrized else stored
+            assert getattr(module, name) is tensor
+            assert isinstance(tensor, TwoTensor) == (left is TwoTensor)
+            assert isinstance(tensor, nn.Parameter) == (name == "weight")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+# --- user classes -----------------------------------------------------------------------------
+
+
+class Meta(type):
+    pass
+
+
+class WithMeta(nn.Linear, metaclass=Meta):
+    pass
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("note",)
+
+
+class Watchful(nn.Linear):
+    """Records and forwards attribute access, as wrappers do."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize("cls", [WithMeta, Slotted, Watchful])
+def test_user_classes(api: Any, cls: type[nn.Linear]) -> None:
+    layer = cls(3, 3)
+    api.register_parametrization(layer, "weight", zoo.Symmetric())
+    assert isinstance(layer, cls) and isinstance(type(layer), type(cls))
+    layer.weight = torch.eye(3)
+    assert_close(layer(torch.eye(3)), torch.eye(3) + layer.bias)
+    api.remove_parametrizations(layer, "weight")
+    assert type(layer) is cls
+
+
+def test_a_class_attribute_of_the_same_name() -> None:
+    """It shows again where the instance has no parametrization; torch fails with an assertion."""
+
+    class Computed(nn.Module):
+        scale = 5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._parameters["weight"] = nn.Parameter(torch.ones(2))
+
+        @property
+        def weight(self) -> Tensor:
+            return 7 * self._parameters["weight"]
+
+    module, sibling = Computed(), Computed()
+    for m in (module, sibling):
+        ours.register_parametrization(m, "weight", zoo.Double())
+    assert_close(module.weight, torch.ones(2))
+    ours.remove_parametrizations(sibling, "weight")
+    assert type(sibling) is Computed and torch.equal(sibling.weight, 7 * torch.ones(2))
+    assert_close(module.weight, torch.ones(2))
+
+
+def test_jit_trace(api: Any) -> None:
+    layer = zoo.linear()
+    api.register_parametrization(layer, "weight", zoo.Symmetric())
+    traced = torch.jit.trace(layer, torch.ones(1, 3))
+    assert_close(traced(torch.ones(1, 3)), layer(torch.ones(1, 3)))
