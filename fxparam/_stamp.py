@@ -100,7 +100,8 @@ class Entry(NamedTuple):
     value: Tensor
     version: int | None
     snapshot: Snapshot
-    # The modes are part of the key by id(); held here, so that no other object takes that id.
+    # Modes, like the snapshot's objects, are part of the key by id(): held, so that nothing else
+    # takes that id.
     modes: tuple[object, ...]
 
     @classmethod

