@@ -189,7 +189,7 @@ def _reduce_method(original: Any, names: frozenset[str]) -> Callable[[Any, Any],
         shared = type(self)
         make, *arguments = (original if x is shared else x for x in (make, *arguments))
         if rest:
-            rest[0] = with_picklable_hooks(rest[0])
+            rest[0] = _with_slots(self, original, with_picklable_hooks(rest[0]))
         return (_rebuild, (original, tuple(sorted(names)), make, *arguments), *rest)
 
     return __reduce_ex__
@@ -203,13 +203,22 @@ def _rebuild(original: type, names: tuple[str, ...], make: Any, *arguments: Any)
     return instance
 
 
+def _with_slots(module: Module, original: Any, state: Any) -> Any:
+    """The state with what a class with ``__slots__`` has in them, which a plain module's lacks."""
+    names = copyreg._slotnames(type(module))  # type: ignore[attr-defined]
+    slots = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    if slots and isinstance(state, dict) and original.__setstate__ is Module.__setstate__:
+        return state, slots
+    return state
+
+
 def _setstate_method(original: Any) -> Callable[[Any, Any], None]:
     def __setstate__(self: Any, state: Any) -> None:
-        if original.__setstate__ is Module.__setstate__ and isinstance(state, tuple):
-            # A class with __slots__; Module.__setstate__ only knows about the dictionary.
-            state, slots = state
-            for name, value in slots.items():
-                setattr(self, name, value)
+        slots: dict[str, Any] = {}
+        if isinstance(state, tuple) and original.__setstate__ is Module.__setstate__:
+            state, slots = state  # Module.__setstate__ only knows about the dictionary
         original.__setstate__(self, state or {})
+        for name, value in slots.items():
+            setattr(self, name, value)
 
     return __setstate__

@@ -257,14 +257,13 @@ def test_originals_that_are_swapped() -> None:
     ours.register_parametrization(layer, "weight", zoo.Symmetric())
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        with ours.cached():
-            # Without a graph, as PyTorch refuses to swap a tensor that one holds.
-            with torch.no_grad():
-                _ = layer.weight
-                layer.weight = torch.eye(3)
-                assert torch.equal(layer.weight, torch.eye(3))
-                load(layer)
-                assert torch.equal(layer.weight, fresh(layer))
+        # Without a graph, as PyTorch refuses to swap a tensor that one holds.
+        with ours.cached(), torch.no_grad():
+            _ = layer.weight
+            layer.weight = torch.eye(3)
+            assert torch.equal(layer.weight, torch.eye(3))
+            load(layer)
+            assert torch.equal(layer.weight, fresh(layer))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
