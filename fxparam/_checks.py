@@ -102,18 +102,18 @@ def shape_and_dtype(original: Tensor) -> tuple[torch.Size, torch.dtype]:
     return original.shape, original.dtype
 
 
-def _check_tensor(value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            "A parametrization must return a tensor.\nrequired: torch.Tensor\n"
-            f"found: {type(value).__name__}"
-        )
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    raise ValueError(
+        "A parametrization must return a tensor.\nrequired: torch.Tensor\n"
+        f"found: {type(value).__name__}"
+    )
 
 
 def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
     """The value of a newly parametrized tensor has the shape and dtype of the tensor."""
-    _check_tensor(value)
-    assert isinstance(value, Tensor)  # for the type checker
+    value = _tensor(value)
     if value.dtype != dtype:
         raise ValueError(
             f"Registering a parametrization may not change the dtype {_UNLESS}\n"
@@ -128,8 +128,7 @@ def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
 
 def check_appended(value: Tensor, parametrization: Module, name: str) -> None:
     """A further parametrization maps the tensor's space to itself, and so does its inverse."""
-    result = parametrization(value)
-    _check_tensor(result)
+    result = _tensor(parametrization(value))
     for what in ("dtype", "shape"):
         if getattr(result, what) != getattr(value, what):
             raise ValueError(

@@ -30,7 +30,8 @@ from fxparam._hooks import with_picklable_hooks
 __all__ = ["chain_of", "chains_of", "make_class", "original_class", "parametrized_names"]
 
 _KEY = "_fxparam_key"
-_lock = threading.Lock()
+# Reentrant: making a class runs the original's __init_subclass__.
+_lock = threading.RLock()
 _classes: WeakValueDictionary[tuple[type, frozenset[str]], type] = WeakValueDictionary()
 
 
@@ -84,10 +85,9 @@ def make_class(original: type, names: frozenset[str]) -> type:
                 "__setstate__": _setstate_method(original),
                 **{name: _property(original, name) for name in sorted(names)},
             }
-            # Through type, past the metaclass below: it keeps everyone else from doing this.
+            namespace[_KEY] = (original, names)
             meta = _metaclass(type(original))
             cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
-            type.__setattr__(cls, _KEY, (original, names))
             _classes[original, names] = cls
         return cls
 
@@ -118,13 +118,15 @@ def _metaclass(base: Any) -> Any:
 
 def _property(original: type, name: str) -> property:
     """``module.<name>``: evaluated at each access, or shared by the region around it."""
+    # Decided here, as Dynamo traces what follows and cannot look into classes.
+    plain = _Plain(original, name) if hasattr(original, name) else None
 
     def get_parametrized(self: Module) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise RuntimeError("Parametrization is not working with scripting.")
         chain = chain_of(self, name)
         if chain is None:
-            return _plain(self, name, original)  # type: ignore[no-any-return]
+            return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
         if _context.active:
             return scopes.read(chain)
         return chain()  # type: ignore[no-any-return]
@@ -133,12 +135,14 @@ def _property(original: type, name: str) -> property:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise RuntimeError("Parametrization is not working with scripting.")
         chain = chain_of(self, name)
-        if chain is None:
-            _set_plain(self, name, value, original)
-            return
-        if _context.active:
-            scopes.forget(chain)
-        chain.right_inverse(value)
+        if chain is not None:
+            if _context.active:
+                scopes.forget(chain)
+            chain.right_inverse(value)
+        elif plain is not None:
+            plain.set(self, value)
+        else:
+            self.__dict__[name] = value
 
     get_parametrized._fxparam_property = True  # type: ignore[attr-defined]
     return property(get_parametrized, set_original)
@@ -148,28 +152,34 @@ def _is_ours(attribute: object) -> bool:
     return isinstance(attribute, property) and hasattr(attribute.fget, "_fxparam_property")
 
 
-def _plain(module: Module, name: str, original: type) -> Any:
+def _stored(module: Module, name: str) -> Any:
     """``module.<name>`` of an instance that has no parametrization of that name."""
-    attribute = inspect.getattr_static(original, name, None)
-    if hasattr(type(attribute), "__set__"):
-        return attribute.__get__(module, type(module))
-    if name in module.__dict__:
-        return module.__dict__[name]
-    if attribute is not None:
-        return getattr(super(type(module), module), name)
-    for store in (module._parameters, module._buffers, module._modules):
+    for store in (module.__dict__, module._parameters, module._buffers, module._modules):
         if name in store:
             return store[name]
     # Python now asks the class's __getattr__, as it does for any name it has not found.
     raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
 
 
-def _set_plain(module: Module, name: str, value: object, original: type) -> None:
-    attribute = inspect.getattr_static(original, name, None)
-    if hasattr(type(attribute), "__set__"):
-        attribute.__set__(module, value)
-    else:
-        module.__dict__[name] = value
+class _Plain:
+    """The same where the original class has an attribute of that name: a default, a property."""
+
+    def __init__(self, original: type, name: str) -> None:
+        self.original, self.name = original, name
+
+    def get(self, module: Module) -> Any:
+        attribute = inspect.getattr_static(self.original, self.name)
+        if not hasattr(type(attribute), "__set__") and self.name in module.__dict__:
+            return module.__dict__[self.name]
+        get = getattr(type(attribute), "__get__", None)
+        return attribute if get is None else get(attribute, module, type(module))
+
+    def set(self, module: Module, value: object) -> None:
+        attribute = inspect.getattr_static(self.original, self.name)
+        if hasattr(type(attribute), "__set__"):
+            attribute.__set__(module, value)
+        else:
+            module.__dict__[self.name] = value
 
 
 def _reduce_method(original: Any, names: frozenset[str]) -> Callable[[Any, Any], Any]:
@@ -181,6 +191,9 @@ def _reduce_method(original: Any, names: frozenset[str]) -> Callable[[Any, Any],
     """
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if _KEY not in type(self).__dict__:
+            # A class was put on top (FSDP does so): whether that pickles is its own affair.
+            return original.__reduce_ex__(self, protocol)
         reducer = copyreg.dispatch_table.get(original)
         reduced = reducer(self) if reducer else original.__reduce_ex__(self, protocol)
         if isinstance(reduced, str):

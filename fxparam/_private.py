@@ -9,6 +9,7 @@ with the reason beside it.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedTorchError",
     "active_modes",
+    "behind_proxy",
     "functorch_level",
     "inductor_with",
     "inside_functorch",
@@ -94,6 +96,15 @@ def storage_identity(tensor: torch.Tensor) -> tuple[object, object]:
         return storage, storage._cdata
     except (RuntimeError, NotImplementedError, AttributeError):
         return None, None
+
+
+def behind_proxy(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself where a tracer (of non-strict export) shows proxies, new at each access."""
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if tracing is None or not isinstance(module, getattr(tracing, "_AttrProxy", ())):
+        return module
+    base: torch.nn.Module = module.get_base()  # type: ignore[operator]
+    return base
 
 
 def is_opaque_reference(value: object) -> bool:

@@ -11,22 +11,18 @@ NumPy, or to a Python attribute of a parametrization other than ``training`` and
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from fxparam import _private
 
 __all__ = ["Entry", "Snapshot"]
 
-
-def _tensors_of(module: Module) -> list[Tensor]:
-    """Parameters, buffers and plain tensor attributes of ``module`` itself."""
-    # Plain attributes too: replicas of a module hold their parameters that way.
-    held = (module._parameters, module._buffers, module.__dict__)
-    return [value for store in held for value in store.values() if isinstance(value, Tensor)]
+_PLAIN = (Tensor, Parameter)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -41,7 +37,7 @@ class Snapshot:
         chain: a ``ParametrizationList``; not kept, as an entry must not keep its own key alive.
     """
 
-    __slots__ = ("facts", "level", "objects", "pins", "tracked")
+    __slots__ = ("_functorch", "facts", "level", "objects", "pins", "tracked")
 
     def __init__(self, chain: Module) -> None:
         self.objects: list[object] = []
@@ -49,6 +45,7 @@ class Snapshot:
         self.pins: list[object] = []
         self.level = -1
         self.tracked = True
+        self._functorch = _private.inside_functorch()
         self._visit(chain)
 
     def __eq__(self, other: object) -> bool:
@@ -56,7 +53,7 @@ class Snapshot:
             return NotImplemented
         return (
             len(self.objects) == len(other.objects)
-            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+            and all(map(operator.is_, self.objects, other.objects))
             and self.facts == other.facts
         )
 
@@ -64,12 +61,16 @@ class Snapshot:
 
     def _visit(self, module: Module) -> None:
         self.facts.append(module.training)
-        for tensor in _tensors_of(module):
-            self._add(tensor)
-        for name, value in module.__dict__.items():
-            if name.startswith("original") and not isinstance(value, Tensor):
-                self.objects.append(value)  # an opaque original
-        for name, child in module._modules.items():
+        # Plain attributes too: replicas of a module hold their parameters that way.
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for value in store.values():
+                if isinstance(value, Tensor):
+                    self._add(value)
+        if not module.__dict__.get("is_tensor", True):
+            names = [f"original{i}" for i in range(module.ntensors)]  # type: ignore[arg-type]
+            self.objects += [module.__dict__.get(name) for name in names]  # opaque originals
+        # Past the attribute, for which a tracer gives proxies, other ones each time.
+        for name, child in module.__dict__["_modules"].items():
             if child is not None:
                 self.objects.append(child)
                 self.facts.append(name)
@@ -82,11 +83,11 @@ class Snapshot:
         self.pins.append(storage)
         self.tracked = self.tracked and version is not None
         self.facts += (version, address, tensor.requires_grad, tensor.dtype, tensor.shape)
-        if tensor.layout is torch.strided:
-            self.facts += (tensor.stride(), tensor.storage_offset() if storage else None)
-        if _private.inside_functorch():
+        if storage is not None and tensor.layout is torch.strided:
+            self.facts += (tensor.stride(), tensor.storage_offset())
+        if self._functorch:
             self.level = max(self.level, _private.functorch_level(tensor))
-        if _private.is_wrapper_subclass(tensor):
+        if type(tensor) not in _PLAIN and _private.is_wrapper_subclass(tensor):
             # The outer tensor does not see a write to an inner one.
             for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
                 inner = getattr(tensor, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -106,15 +107,23 @@ def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
     return (_ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
 
 
+@cache
+def _devices() -> tuple[str, ...]:
+    """The kinds of device that may have autocast on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
 def _ambient() -> tuple[object, ...]:
     """The modes that change what an evaluation gives, apart from mode objects."""
-    accelerator = torch.accelerator.current_accelerator()
-    devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in devices),
+        *(
+            torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None
+            for d in _devices()
+        ),
     )
 
 
@@ -140,8 +149,9 @@ def read(chain: Module) -> Tensor:
     if region is None:
         return chain()  # type: ignore[no-any-return]
     now, modes = Snapshot(chain), _private.active_modes()
-    entries = region.entries.setdefault(chain, {})
-    entry = entries.get(_key(now, modes))
+    entries = region.entries.setdefault(_private.behind_proxy(chain), {})
+    key = _key(now, modes)
+    entry = entries.get(key)
     if entry is not None and entry.holds(now):
         return entry.value
     value: Tensor = chain()
@@ -149,7 +159,7 @@ def read(chain: Module) -> Tensor:
     # make its value stale.
     now = Snapshot(chain)
     entry = Entry.of(value, now, modes)
-    entries.pop(_key(now, modes), None)
+    entries.pop(key, None)
     if entry is not None:
         entries[_key(now, modes)] = entry
         if len(entries) > _KEPT:
@@ -162,4 +172,4 @@ def forget(chain: Module) -> None:
     """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
     region = _context.current()
     if region is not None:
-        region.entries.pop(chain, None)
+        region.entries.pop(_private.behind_proxy(chain), None)

@@ -197,7 +197,6 @@ def test_adopt_visits_nested_parametrizations() -> None:
         shared = layer.weight
         chain[0].parametrizations.scale.original.add_(1)
         assert layer.weight is not shared
-    layer.weight  # noqa: B018
 
 
 def test_adopt_leaves_other_modules_alone() -> None:

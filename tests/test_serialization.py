@@ -285,6 +285,16 @@ def test_to_empty_and_conversions() -> None:
     assert module.double().weight.dtype == torch.float64
 
 
+def test_below_another_class() -> None:
+    """A class put on top is never lost on the way: it is copied, and pickled only by its name."""
+    module = parametrized(zoo.linear())
+    module.__class__ = type("Sharded", (zoo.Identity, type(module)), {})
+    twin = copy.deepcopy(module)
+    assert type(twin) is type(module) and torch.equal(twin.weight, module.weight)
+    with pytest.raises(pickle.PicklingError, match="Sharded"):
+        pickle.dumps(module)
+
+
 class Picky(nn.Linear):
     def __reduce__(self) -> str:
         return "SINGLETON"

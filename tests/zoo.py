@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -117,8 +118,45 @@ class WithBuffer(nn.Module):
         self.register_buffer("table", value, persistent=persistent)
 
 
+def maps(forward: Callable[..., Any], inverse: Callable[[Tensor], Any] | None = None) -> nn.Module:
+    """A parametrization made of two functions."""
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Dropout()
+
+        def forward(self, *x: Tensor) -> Any:
+            return forward(*x)
+
+    if inverse is not None:
+        Maps.right_inverse = lambda self, y: inverse(y)  # type: ignore[attr-defined]
+    return Maps()
+
+
+def fails(*_: Tensor) -> Any:
+    raise ZeroDivisionError("midway")
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
 def linear(size: int = 3, **kwargs: Any) -> nn.Linear:
     return nn.Linear(size, size, **kwargs)
+
+
+def counted(api: Any, **kwargs: Any) -> tuple[nn.Linear, Counted]:
+    """A layer with a weight that counts its evaluations."""
+    layer, parametrization = linear(**kwargs), Counted()
+    api.register_parametrization(layer, "weight", parametrization)
+    parametrization.evaluations = 0
+    return layer, parametrization
+
+
+def fresh(layer: nn.Module) -> Tensor:
+    """``layer.weight`` as a read outside of every region gives it, in a region or not."""
+    return contextvars.Context().run(lambda: layer.weight)
 
 
 def everything(module: nn.Module, *others: nn.Module) -> list[Any]:
