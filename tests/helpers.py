@@ -49,20 +49,6 @@ class Counting(nn.Module):
         return torch.ops.fxparam_test.count(x)
 
 
-class Symmetric(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.triu() + x.triu(1).mT
-
-    def right_inverse(self, a: Tensor) -> Tensor:
-        return a.triu()
-
-
-class Skew(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        a = x.triu(1)
-        return a - a.mT
-
-
 class LowRank(nn.Module):
     """LoRA's shape: the original plus a product of two thin matrices."""
 

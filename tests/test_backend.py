@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
+import fxparam
 from fxparam.backend import Backend, backend
-from tests import helpers
+from tests import helpers, zoo
 from tests.helpers import Counting, Loop, check_against_eager, counted
 
 
@@ -34,10 +35,10 @@ def _orthogonal(name: str) -> Any:
 
 
 SHARED = {
-    "symmetric": _register(helpers.Symmetric),
-    "skew": _register(helpers.Skew),
+    "symmetric": _register(zoo.Symmetric),
+    "skew": _register(zoo.Skew),
     "low rank": _register(lambda: helpers.LowRank(5)),
-    "chain of three": _register(helpers.Skew, helpers.MatrixExponential, helpers.Symmetric),
+    "chain of three": _register(zoo.Skew, helpers.MatrixExponential, zoo.Symmetric),
     "matrix_exp": _orthogonal("matrix_exp"),
     "cayley": _orthogonal("cayley"),
     "householder": _orthogonal("householder"),
@@ -55,13 +56,25 @@ def test_a_loop_evaluates_once_and_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_one_forward_and_one_backward_at_run_time(inner: str) -> None:
-    model = Loop(_register(helpers.Symmetric, Counting))
+    model = Loop(_register(zoo.Symmetric, Counting))
     x = torch.randn(2, 5, dtype=torch.float64)
     compiled = torch.compile(model, backend=backend(inner))
     compiled(x)
 
     assert counted(lambda: model(x).sum().backward()) == (6, 6)
     assert counted(lambda: compiled(x).sum().backward()) == (1, 1)
+
+
+def test_our_own_registration_is_shared_too() -> None:
+    def wrap(cell: nn.Module) -> None:
+        fxparam.register_parametrization(cell, "weight", zoo.Symmetric())
+        fxparam.register_parametrization(cell, "weight", Counting())
+
+    fx = backend("aot_eager")
+    model, x = Loop(wrap), torch.randn(2, 5, dtype=torch.float64)
+    check_against_eager(model, fx, x)
+    (entry,) = fx.last_report.entries
+    assert (entry.name, entry.accesses, entry.evaluations) == ("cell.weight", 6, 1)
 
 
 def test_spectral_norm_keeps_its_power_iterations_in_training() -> None:
@@ -92,7 +105,7 @@ class _ReadsBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.rand(5, 5, dtype=torch.float64))
-        register_parametrization(self, "scale", helpers.Symmetric())
+        register_parametrization(self, "scale", zoo.Symmetric())
         register_parametrization(self, "scale", Counting())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +195,7 @@ def test_functional_call_with_other_originals_shares_them() -> None:
 
 def test_dynamic_shapes() -> None:
     fx = backend("aot_eager")
-    model = Loop(_register(helpers.Symmetric))
+    model = Loop(_register(zoo.Symmetric))
     compiled = torch.compile(model, backend=fx, dynamic=True)
     for batch in (2, 3, 7):
         x = torch.randn(batch, 5, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,11 @@ def test_a_missing_device_is_a_plain_error(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["demo", "--quick", "--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_a_missing_extra_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["demo", "--quick"]) == 2
+    assert 'pip install "fxparam[demo]"' in capsys.readouterr().out

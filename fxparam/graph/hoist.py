@@ -31,6 +31,7 @@ from fxparam.graph.effects import EffectTable, analyze
 from fxparam.graph.evaluations import evaluations, owner
 from fxparam.graph.legality import Rule, has_effects, refusal
 from fxparam.graph.literals import literal_key
+from fxparam.graph.nodes import attribute_of, value_of
 from fxparam.graph.report import Report, make_report
 
 __all__ = ["HoistResult", "hoist"]
@@ -98,8 +99,7 @@ def _candidates(gm: GraphModule) -> set[Node]:
 
 
 def _is_parameter(node: Node) -> bool:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return is_parameter_or_buffer(node.meta) or isinstance(value, torch.nn.Parameter)
+    return is_parameter_or_buffer(node.meta) or isinstance(value_of(node), torch.nn.Parameter)
 
 
 def _share(
@@ -137,10 +137,7 @@ def _share(
 def _key(gm: GraphModule, node: Node, number: dict[Node, Node]) -> Hashable | None:
     """The number of a node's value: what it computes, of what."""
     if node.op == "get_attr":
-        value: Any = gm
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return ("get_attr", id(value))
+        return ("get_attr", id(attribute_of(gm, node)))
     if node.op not in ("call_function", "call_method"):
         return None
     return (node.op, node.target, _number(node.args, number), _number(node.kwargs, number))

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from fxparam._private import tree_flatten
 from fxparam.graph.literals import literal_key
+from fxparam.graph.nodes import value_of
 
 # Switches that come in pairs: by name, since Dynamo's targets move between versions of torch.
 _PAIRS = {
@@ -63,8 +64,7 @@ def _is_switch(node: Node) -> bool:
     """A call that neither takes nor returns a tensor or a number."""
     if node.op not in ("call_function", "call_method"):
         return False
-    values = [node.meta.get("example_value", node.meta.get("val"))]
-    values += [a.meta.get("example_value", a.meta.get("val")) for a in node.all_input_nodes]
+    values = [value_of(n) for n in (node, *node.all_input_nodes)]
     if any(a.op == "get_attr" for a in node.all_input_nodes):
         return False
     leaves = [leaf for value in values for leaf in tree_flatten(value)[0] if leaf is not None]

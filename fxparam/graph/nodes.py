@@ -1,0 +1,34 @@
+"""Looking at nodes: their example values, the tensors in those, and the attributes they name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxparam._private import tree_flatten
+
+__all__ = ["attribute_of", "body_of", "tensors_in", "value_of"]
+
+
+def value_of(node: Node) -> Any:
+    """The node's example value, as Dynamo (``example_value``) or export (``val``) left it."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in a value, however nested, in order."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def attribute_of(gm: GraphModule, node: Node) -> Any:
+    """What a ``get_attr`` node names."""
+    return operator.attrgetter(str(node.target))(gm)
+
+
+def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
+    """The graph that a node hands to a higher-order op, if it is one."""
+    value = attribute_of(gm, node) if node.op == "get_attr" else None
+    return value if isinstance(value, GraphModule) else None

@@ -1,0 +1,235 @@
+"""What one op does to its arguments, seen by running it on fresh fake tensors.
+
+The dispatch mode below reads the schema of every ATen op that the run reaches: what it writes, and
+whether it draws random numbers. Aliasing is what the run shows: which output lives in which
+argument's storage. Data is never touched.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxparam._private import (
+    FakeTensorMode,
+    HigherOrderOperator,
+    ShapeEnv,
+    TorchDispatchMode,
+    is_wrapper_subclass,
+    tree_flatten,
+    tree_map,
+)
+from fxparam.graph.literals import literal_key
+from fxparam.graph.nodes import tensors_in, value_of
+
+__all__ = ["UNKNOWN", "OpEffects", "Ops", "is_torch", "storage_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpEffects:
+    """Effects of an op, in terms of its argument leaves: what is remembered between nodes."""
+
+    writes: frozenset[int]
+    random: bool
+    # per tensor of the value: argument leaves it aliases, and the fresh storage it lives in
+    outputs: tuple[tuple[frozenset[int], int | None], ...] = ()
+    known: bool = True
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[misc]
+    """Collects the storages written and whether anything random ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+        self.random = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # c10d.allreduce_ and its kin write although their schemas say that they do not.
+        lies = func.namespace == "c10d"
+        for i, argument in enumerate(func._schema.arguments):
+            if lies or (argument.alias_info is not None and argument.alias_info.is_write):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                self.written.update(map(storage_of, tensors_in(value)))
+            self.random |= str(argument.type).startswith("Optional[Generator") and (
+                kwargs.get(argument.name) is not None
+            )
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs)
+
+
+#: What cannot be seen is taken to do the worst.
+UNKNOWN = OpEffects(frozenset(), True, known=False)
+
+
+class Ops:
+    """Answers for ops, each observed once per target and argument metadata."""
+
+    def __init__(self) -> None:
+        self._fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._seen: dict[Hashable, OpEffects] = {}
+
+    def effects(self, node: Node) -> OpEffects:
+        """What a node's op does; ``UNKNOWN`` for what cannot run on fakes."""
+        try:
+            seat = {arg: i for i, arg in enumerate(node.all_input_nodes)}
+            key: Hashable = (node.op, node.target, _spec(node.args, seat), _spec(node.kwargs, seat))
+            if key not in self._seen:
+                self._seen[key] = _observe(node, self._fake_mode)
+            return self._seen[key]
+        except Exception:  # data-dependent ops, wrapped values, whatever else fakes cannot do
+            return UNKNOWN
+
+
+def _observe(node: Node, fake_mode: Any) -> OpEffects:
+    """Run the op on fresh fakes and see what it did."""
+    recorder = _Recorder()
+    with torch.no_grad(), fake_mode:
+        fakes = {arg: tree_map(_fake, value_of(arg)) for arg in node.all_input_nodes}
+        leaves = [t for arg in fakes for t in tensors_in(fakes[arg])]
+        before = [_metadata(t) for t in leaves]
+        args, kwargs = _substitute(node, fakes)
+        with recorder:
+            result = _call(node, args, kwargs)
+        if [_metadata(t) for t in leaves] != before:  # t_(), set_(), requires_grad_()
+            return UNKNOWN
+    outputs = tensors_in(result)
+    if not outputs and not _is_scalar(result):
+        return UNKNOWN  # register_hook, retain_grad, backward: there for their effect
+    if _is_named_in_place(node) and not recorder.written:
+        return UNKNOWN  # requires_grad_: what it changed was already so in the example value
+    owners: dict[int, set[int]] = {}
+    for i, leaf in enumerate(leaves):
+        owners.setdefault(storage_of(leaf), set()).add(i)
+    fresh = {storage_of(t): k for k, t in enumerate(outputs) if storage_of(t) not in owners}
+    return OpEffects(
+        frozenset(i for s in recorder.written for i in owners.get(s, ())),
+        recorder.random,
+        tuple(
+            (frozenset(owners.get(storage_of(t), ())), fresh.get(storage_of(t))) for t in outputs
+        ),
+    )
+
+
+def is_torch(node: Node) -> bool:
+    """Whether the target is torch's or Python's own: safe to run again on fakes."""
+    target = node.target
+    if node.op == "call_method":
+        return hasattr(torch.Tensor, str(target))
+    if node.op != "call_function":
+        return False
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return True
+    if isinstance(target, HigherOrderOperator):
+        return True
+    module = getattr(target, "__module__", None)
+    if module is None:  # torch.matrix_exp and its like: methods of a type of torch._C
+        owner = getattr(target, "__self__", None)
+        module = getattr(owner, "__module__", None) or getattr(owner, "__name__", None) or ""
+    if module == "builtins":
+        return target is getattr or isinstance(target, type)
+    return (
+        module.split(".")[0] in ("torch", "_operator", "operator", "math")
+        and isinstance(
+            target, (types.BuiltinFunctionType, types.FunctionType, types.BuiltinMethodType)
+        )
+        or _is_operator(target)
+    )
+
+
+def _is_operator(target: object) -> bool:
+    return getattr(operator, getattr(target, "__name__", ""), None) is target
+
+
+def _is_named_in_place(node: Node) -> bool:
+    """torch's convention: what changes a tensor in place ends in one underscore."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _call(node: Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return target(*args, **kwargs)
+
+
+def _is_scalar(value: Any) -> bool:
+    leaves = tree_flatten(value)[0]
+    plain = (bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+    described = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+    return bool(leaves) and all(isinstance(leaf, (*plain, *described)) for leaf in leaves)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _metadata(tensor: torch.Tensor) -> Hashable:
+    shape = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return (*shape, tensor.dtype, tensor.requires_grad, storage_of(tensor))
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        size = size.node.hint
+        if size is None:
+            raise NotImplementedError(size)
+    return int(size)
+
+
+def _describe(leaf: Any) -> Hashable:
+    """What an op can know of an argument without reading data."""
+    if not isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return ("sym", str(leaf), leaf.node.hint)
+        return literal_key(leaf)
+    if leaf.layout is not torch.strided or is_wrapper_subclass(leaf):
+        raise NotImplementedError(type(leaf))
+    shape = tuple(map(_hint, leaf.shape)), tuple(map(_hint, leaf.stride()))
+    return ("tensor", *shape, leaf.dtype, leaf.device, leaf.requires_grad)
+
+
+def _spec(value: Any, seat: dict[Node, int]) -> Hashable:
+    """Arguments as a key: nodes by the metadata of their values, literals by type and value.
+
+    ``seat`` numbers the argument nodes: x.add_(x) is not x.add_(y).
+    """
+    if isinstance(value, Node):
+        if value_of(value) is None:
+            raise NotImplementedError(f"no metadata for {value}")
+        leaves, tree = tree_flatten(value_of(value))
+        return ("node", seat[value], str(tree), tuple(map(_describe, leaves)))
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple(_spec(v, seat) for v in value))
+    if isinstance(value, dict):
+        return ("dict", tuple((k, _spec(v, seat)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", *(_spec(v, seat) for v in (value.start, value.stop, value.step)))
+    return literal_key(value)
+
+
+def _fake(leaf: Any) -> Any:
+    if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return leaf.node.hint
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    shape, stride = tuple(map(_hint, leaf.shape)), tuple(map(_hint, leaf.stride()))
+    fake = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
+    return fake.requires_grad_(leaf.requires_grad)
+
+
+def _substitute(node: Node, fakes: dict[Node, Any]) -> tuple[Any, Any]:
+    def fake(arg: Node) -> Any:
+        return fakes[arg]
+
+    return torch.fx.map_arg(node.args, fake), torch.fx.map_arg(node.kwargs, fake)

@@ -1,0 +1,119 @@
+"""What single nodes are seen to do: a matrix of torch-level calls on one fake tensor."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxparam.graph import Effects, analyze
+
+
+def _last(call: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node]) -> tuple[Effects, int]:
+    """The effects of a node built on one tensor of shape (3, 3), and that tensor's storage."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    with FakeTensorMode():
+        x.meta["example_value"] = torch.empty(3, 3)
+        node = call(graph, x)
+        args = torch.fx.map_arg(node.args, lambda n: n.meta["example_value"])
+        kwargs = torch.fx.map_arg(node.kwargs, lambda n: n.meta["example_value"])
+        run: Any = node.target
+        if node.op == "call_method":
+            run = getattr(torch.Tensor, run)
+        node.meta["example_value"] = run(*args, **kwargs)
+    graph.output(node)
+    table = analyze(torch.fx.GraphModule({}, graph))
+    (storage,) = table.of[x].storages
+    return table.of[node], storage
+
+
+def _function(target: Any, *rest: Any, **kwargs: Any) -> Any:
+    return lambda graph, x: graph.call_function(target, (x, *rest), kwargs)
+
+
+def _method(name: str, *rest: Any, **kwargs: Any) -> Any:
+    return lambda graph, x: graph.call_method(name, (x, *rest), kwargs)
+
+
+FRESH = {
+    "exp": _function(torch.exp),
+    "F.relu": _function(F.relu),
+    "clone": _method("clone"),
+}
+VIEWS = {
+    "mT": _function(getattr, "mT"),
+    "view": _method("view", 9),
+    "detach": _method("detach"),
+    "contiguous of a contiguous tensor": _method("contiguous"),
+    "to its own dtype": _method("to", torch.float32),
+    "dropout, not training": _function(F.dropout, 0.5, False),
+}
+WRITES = {
+    "add_": _method("add_", 1.0),
+    "F.relu(inplace=True)": _function(F.relu, inplace=True),
+    "operator.iadd": _function(operator.iadd, 1.0),
+    "out=": lambda graph, x: graph.call_function(torch.exp, (x,), {"out": x}),
+    "F.normalize(out=)": lambda graph, x: graph.call_function(F.normalize, (x,), {"out": x}),
+    "zero_ of ATen": _function(torch.ops.aten.zero_.default),
+    "requires_grad_": _method("requires_grad_"),
+    "t_": _method("t_"),
+}
+RANDOM = {
+    "dropout": _function(F.dropout, 0.5, True),
+    "rand_like": _function(torch.rand_like),
+    "bernoulli": _method("bernoulli"),
+    "normal_": _method("normal_"),
+    "multinomial": _function(torch.multinomial, 1),
+    "rrelu": _function(F.rrelu, training=True),
+    "gumbel_softmax": _function(F.gumbel_softmax),
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_pure_ops_give_fresh_storage(name: str) -> None:
+    effects, storage = _last(FRESH[name])
+    assert effects.pure and storage not in effects.storages
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_live_in_their_base(name: str) -> None:
+    effects, storage = _last(VIEWS[name])
+    assert effects.pure and effects.storages == {storage}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_are_seen(name: str) -> None:
+    effects, storage = _last(WRITES[name])
+    assert not effects.pure and storage in effects.writes
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_draws_are_seen(name: str) -> None:
+    effects, _ = _last(RANDOM[name])
+    assert effects.random and not effects.pure
+
+
+@torch.library.custom_op("fxparam_test::writes_its_first", mutates_args=("x",))
+def _writes_its_first(x: Tensor) -> None:
+    x.zero_()
+
+
+def test_custom_ops_do_what_they_declare() -> None:
+    effects, storage = _last(_function(torch.ops.fxparam_test.writes_its_first.default))
+    assert storage in effects.writes
+
+
+def test_what_is_not_torchs_may_write_anything() -> None:
+    effects, _ = _last(_function(_not_torchs))
+    assert effects.writes_all and not effects.pure
+
+
+def _not_torchs(x: Tensor) -> Tensor:
+    return x + 1
