@@ -26,6 +26,7 @@ __all__ = [
     "registrable",
     "shape_and_dtype",
     "training_mode",
+    "unwritten",
 ]
 
 _UNLESS = "of the tensor, unless the `unsafe` flag is enabled."
@@ -59,6 +60,22 @@ def training_mode(parametrization: Module, mode: bool) -> Iterator[None]:
     except BaseException:
         for module, training in before:
             module.training = training
+        raise
+
+
+@contextmanager
+def unwritten(tensor: Tensor) -> Iterator[None]:
+    """Give ``tensor`` its values back if the block, which runs a user's code on it, raises."""
+    if tensor.is_inference():  # no version counter, and not to be written outside inference mode
+        yield
+        return
+    saved, version = tensor.detach().clone(), tensor._version
+    try:
+        yield
+    except BaseException:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(saved)
         raise
 
 

@@ -298,6 +298,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unusable(device: str, output: Path) -> str | None:
+    """One line on what is wrong with the arguments, before minutes are spent on them."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        return f"--device {device!r}: the demo runs on cpu and cuda"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"--device {device}: this torch sees no CUDA device"
+    if output.is_dir() or not output.resolve().parent.is_dir():
+        return f"--output {output}: not a file in a folder that exists"
+    return None
+
+
 def main(arguments: list[str]) -> int:
     """The ``demo`` command; returns the exit code."""
     options = _parser().parse_args(arguments)
@@ -309,8 +324,9 @@ def main(arguments: list[str]) -> int:
     except ImportError as error:
         print(f'the demo needs {error.name}: pip install "fxparam[demo]"')
         return 2
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print("--device cuda: this torch sees no CUDA device")
+    problem = _unusable(options.device, options.output)
+    if problem is not None:
+        print(problem)
         return 2
     base = QUICK if options.quick else Settings()
     settings = Settings(**{**vars(base), "device": options.device})

@@ -94,7 +94,8 @@ def register_parametrization(
             return module
         original = _checks.registrable(module, tensor_name)
         cls = _class_with(module, tensor_name)
-        chain = ParametrizationList([parametrization], original, unsafe=unsafe)
+        with _checks.unwritten(original):
+            chain = ParametrizationList([parametrization], original, unsafe=unsafe)
     _install(module, tensor_name, chain, cls)
     return module
 

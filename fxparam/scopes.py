@@ -78,7 +78,9 @@ def cached() -> Iterator[None]:
     Source: :func:`torch.nn.utils.parametrize.cached`, whose values can be stale where these cannot.
 
     Note:
-        Writes that no version counter records (through ``tensor.data`` or NumPy) are not noticed.
+        What torch keeps no count of is not noticed: writes through ``tensor.data``, NumPy or
+        DLPack, by fused optimizers (``fused=True``), and by batch norm to its running statistics;
+        and changes of a parametrization's Python attributes, hooks and ``forward``.
         Inference tensors have no version counter: originals that are inference tensors are
         evaluated at each access, and a value read in inference mode must not be written in place.
 

@@ -101,6 +101,39 @@ def test_random_masks_are_drawn_at_each_access() -> None:
     assert fx.last_report.entries[0].evaluations == 6
 
 
+class _NormalizesByBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+class _ScalesByStatistic(_NormalizesByBatch):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.norm.running_var
+
+
+def test_batch_norm_as_a_parametrization_updates_its_statistics_at_each_access() -> None:
+    fx = backend("aot_eager")
+    model = Loop(_register(_NormalizesByBatch))
+    check_against_eager(model, fx, torch.randn(2, 5, dtype=torch.float64))
+    assert fx.last_report.entries[0].evaluations == 6
+
+
+def test_a_statistic_that_batch_norm_writes_between_two_accesses() -> None:
+    class Between(Loop):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.cell(x)
+            self.cell.parametrizations.weight[0].norm(3 * x)
+            return first - self.cell(x)
+
+    model, x = Between(_register(_ScalesByStatistic)), torch.randn(4, 5, dtype=torch.float64)
+    assert model(x).abs().sum() > 0
+    check_against_eager(model, backend("aot_eager"), x)
+
+
 class _ReadsBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -46,12 +46,27 @@ def test_unknown_commands_give_one_line_and_2(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_missing_device_is_a_plain_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cuda"], "no CUDA device"),
+        (["--device", "foo"], "cpu and cuda"),
+        (["--device", ""], "cpu and cuda"),
+        (["--device", "meta"], "cpu and cuda"),
+        (["--output", "no_such_folder/plot.png"], "not a file"),
+        (["--output", "."], "not a file"),
+    ],
+)
+def test_bad_arguments_are_plain_errors(
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["demo", "--quick", "--device", "cuda"]) == 2
-    assert "no CUDA device" in capsys.readouterr().out
+    assert main(["demo", "--quick", *arguments]) == 2
+    printed = capsys.readouterr().out
+    assert says in printed and printed.count("\n") == 1
 
 
 def test_a_missing_extra_says_what_to_install(

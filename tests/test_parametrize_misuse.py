@@ -246,3 +246,28 @@ def test_tracing_inside_a_region_is_refused() -> None:
         api.register_parametrization(layer, "weight", zoo.Identity())
         with api.cached(), pytest.raises(RuntimeError, match="Cannot trace a model while caching"):
             torch.jit.trace(layer, torch.ones(1, 3))
+
+
+class _WritesItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.zero_()
+        return x[:1]
+
+
+class _InverseWritesItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:1]
+
+    def right_inverse(self, y: Tensor) -> Tensor:
+        return y.zero_()
+
+
+@pytest.mark.parametrize("kind", [_WritesItsInput, _InverseWritesItsInput])
+def test_a_refused_parametrization_that_wrote_its_input(kind: type[nn.Module]) -> None:
+    layer = nn.Linear(3, 3)
+    weight, before = layer.weight, layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="shape"):
+        ours.register_parametrization(layer, "weight", kind())
+    assert layer.weight is weight
+    assert torch.equal(weight, before)

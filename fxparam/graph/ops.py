@@ -54,11 +54,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # c10d.allreduce_ and its kin write although their schemas say that they do not.
-        lies = func.namespace == "c10d"
         for i, argument in enumerate(func._schema.arguments):
-            if lies or (argument.alias_info is not None and argument.alias_info.is_write):
-                value = args[i] if i < len(args) else kwargs.get(argument.name)
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or _writes_undeclared(func, argument.name, args, kwargs):
                 self.written.update(map(storage_of, tensors_in(value)))
             self.random |= str(argument.type).startswith("Optional[Generator") and (
                 kwargs.get(argument.name) is not None
@@ -88,6 +87,22 @@ class Ops:
             return self._seen[key]
         except Exception:  # data-dependent ops, wrapped values, whatever else fakes cannot do
             return UNKNOWN
+
+
+def _writes_undeclared(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Where schemas lie: they name no write, and the kernel writes.
+
+    c10d.allreduce_ and its kin write their tensors. The batch norms update their running
+    statistics, unless an argument says that they do not train.
+    """
+    if func.namespace == "c10d":
+        return True
+    if not name.startswith("running_"):
+        return False
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name in ("training", "train", "use_input_stats"):
+            return bool(args[i] if i < len(args) else kwargs.get(argument.name, True))
+    return True
 
 
 def _observe(node: Node, fake_mode: Any) -> OpEffects:

@@ -100,6 +100,42 @@ def test_random_draws_are_seen(name: str) -> None:
     assert effects.random and not effects.pure
 
 
+BATCH_NORMS = {
+    "F.batch_norm": lambda g, x, s, train: g.call_function(
+        F.batch_norm, (x, s, s), {"training": train}
+    ),
+    "torch.batch_norm": lambda g, x, s, train: g.call_function(
+        torch.batch_norm, (x, None, None, s, s, train, 0.1, 1e-5, False)
+    ),
+    "native_batch_norm": lambda g, x, s, train: g.call_function(
+        torch.native_batch_norm, (x, None, None, s, s, train, 0.1, 1e-5)
+    ),
+    "F.instance_norm": lambda g, x, s, train: g.call_function(
+        F.instance_norm, (x, s, s), {"use_input_stats": train}
+    ),
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_running_statistics_are_written_in_training_whatever_schemas_say(
+    name: str, train: bool
+) -> None:
+    graph = torch.fx.Graph()
+    x, statistic = graph.placeholder("x"), graph.placeholder("statistic")
+    with FakeTensorMode():
+        x.meta["example_value"] = torch.empty(2, 3, 4)
+        statistic.meta["example_value"] = torch.empty(3)
+        node = BATCH_NORMS[name](graph, x, statistic, train)
+        node.meta["example_value"] = node.target(
+            *torch.fx.map_arg(node.args, lambda n: n.meta["example_value"]), **node.kwargs
+        )
+    graph.output(node)
+    table = analyze(torch.fx.GraphModule({}, graph))
+    assert (table.of[statistic].storages <= table.of[node].writes) == train
+    assert table.of[node].pure != train
+
+
 @torch.library.custom_op("fxparam_test::writes_its_first", mutates_args=("x",))
 def _writes_its_first(x: Tensor) -> None:
     x.zero_()
