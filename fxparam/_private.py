@@ -8,8 +8,12 @@ with the reason beside it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
+import inspect
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedTorchError",
     "active_modes",
+    "allow_scalar_outputs",
     "behind_proxy",
     "functorch_level",
     "inductor_with",
@@ -129,10 +134,58 @@ def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
     return "_dynamo_static_input_type" in (meta.get("tensor_dict") or {})
 
 
-def inductor_with(mode: str | None, options: dict[str, Any] | None) -> Any:
+def inductor_with(
+    mode: str | None, options: dict[str, Any] | None, joint_pass: Callable[[Any], None]
+) -> Any:
     """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
 
     ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
     checking and meaning live in this wrapper and nowhere else.
+
+    ``joint_pass`` sees each joint forward and backward graph, after a pass of the user's own.
     """
-    return _inductor_wrapper(mode, options, None)
+    inductor = _inductor_wrapper(mode, options, None)
+    users = inductor.config.get("joint_custom_pre_pass", _inductor_config().joint_custom_pre_pass)
+    inductor.config["joint_custom_pre_pass"] = _JointPass.of(users, joint_pass)
+    return inductor
+
+
+def _inductor_config() -> Any:
+    return importlib.import_module("torch._inductor.config")
+
+
+class _JointPass:
+    """Makes Inductor's joint-graph pass of a function, lazily: its base is slow to import."""
+
+    @staticmethod
+    @functools.cache
+    def of(users: Any, function: Callable[[Any], None]) -> Any:
+        base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
+        hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
+        # Inductor takes one pass, a list of them in newer versions.
+        before = users if isinstance(users, (list, tuple)) else [users] if users else []
+
+        def call(self: Any, graph: Any) -> None:
+            for each in (*before, function):
+                each(graph)
+
+        def uuid(self: Any) -> Any:
+            """The key under which Inductor caches what was compiled with this pass."""
+            ids = [each.uuid() if isinstance(each, base) else None for each in before]
+            own = hash_files((inspect.getfile(function),))
+            return None if None in ids else (own, *ids)
+
+        return type("JointPass", (base,), {"__call__": call, "uuid": uuid})()
+
+
+def allow_scalar_outputs(values: Iterable[object]) -> None:
+    """Let the tracing of a graph, known by some of its fake tensors, read numbers from tensors.
+
+    Inductor lowers the loops of higher-order ops to code that does; Dynamo allows it only with
+    ``fullgraph=True`` or ``capture_scalar_outputs``, and without raises
+    ``DataDependentOutputException`` after the graph was captured.
+    """
+    for value in values:
+        shape_env = getattr(getattr(value, "fake_mode", None), "shape_env", None)
+        if shape_env is not None and not shape_env.settings.allow_scalar_outputs:
+            shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)

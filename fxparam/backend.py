@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxparam._private import inductor_with
-from fxparam.graph import Report, hoist
+from fxparam._private import allow_scalar_outputs, inductor_with
+from fxparam.graph import Report, hoist, save_reads_of_overwritten_inputs
+from fxparam.graph.nodes import value_of
 
 __all__ = ["Backend", "backend", "default"]
 
@@ -51,6 +52,8 @@ class Backend:
         self.last_report = result.report
         if result.report.entries or result.modified:
             _log.info("%r", result.report)
+        if result.has_bodies:
+            allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
         compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
         return compiled
 
@@ -62,7 +65,9 @@ class Backend:
 
     def _configured(self, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
         if self._inner == "inductor":
-            configured: Callable[..., Any] = inductor_with(mode, options)
+            configured: Callable[..., Any] = inductor_with(
+                mode, options, save_reads_of_overwritten_inputs
+            )
             return configured
         inner = _lookup(self._inner)
         extra = {k: v for k, v in (("mode", mode), ("options", options)) if v}

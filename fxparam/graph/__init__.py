@@ -4,7 +4,8 @@ from fxparam.graph.effects import Effects, EffectTable, analyze
 from fxparam.graph.evaluations import Evaluation, evaluations
 from fxparam.graph.hoist import HoistResult, hoist
 from fxparam.graph.legality import Rule, refusal
-from fxparam.graph.report import Entry, Report
+from fxparam.graph.report import Entry, Kept, Report
+from fxparam.graph.saving import save_reads_of_overwritten_inputs
 
 __all__ = [
     "EffectTable",
@@ -12,10 +13,12 @@ __all__ = [
     "Entry",
     "Evaluation",
     "HoistResult",
+    "Kept",
     "Report",
     "Rule",
     "analyze",
     "evaluations",
     "hoist",
     "refusal",
+    "save_reads_of_overwritten_inputs",
 ]

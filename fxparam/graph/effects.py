@@ -14,33 +14,26 @@ Python function that is not torch's may reach anything and is taken to write eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from fxparam._private import HigherOrderOperator
+from fxparam._private import HigherOrderOperator, tree_flatten
+from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.modes import ModeStack
 from fxparam.graph.nodes import attribute_of, body_of, tensors_in, value_of
 from fxparam.graph.ops import UNKNOWN, OpEffects, Ops, is_torch, storage_of
 
 __all__ = ["EffectTable", "Effects", "analyze"]
 
-# Higher-order ops that do no more than run their bodies. Others may do anything to their
-# operands: register_hook hangs a hook on the very tensor it is given.
+# Higher-order ops that do no more than run their bodies, beside those of graph/bodies.py, whose
+# operands are followed into the bodies. Others may do anything to their operands: register_hook
+# hangs a hook on the very tensor it is given.
 _RUNS_BODIES = {
-    "associative_scan",
     "autograd_function_apply",
-    "checkpoint",
-    "cond",
-    "invoke_subgraph",
-    "map_impl",
-    "scan",
-    "tag_activation_checkpoint",
-    "while_loop",
-    "wrap",
     "wrap_activation_checkpoint",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
@@ -56,6 +49,7 @@ class Effects:
         writes: storages it writes in place; ``writes_all`` when it may write any.
         random: it draws random numbers.
         known: its effects were observed; if not, they are assumed to be the worst.
+        raises: it may raise, depending on the data.
         modes: the grad, autocast and functorch modes in force, as an opaque key.
         values: for each tensor in its value, the storages that tensor may live in.
     """
@@ -65,6 +59,7 @@ class Effects:
     random: bool
     known: bool
     writes_all: bool
+    raises: bool
     modes: Hashable
     values: tuple[frozenset[int], ...]
 
@@ -81,103 +76,197 @@ class Effects:
 
 @dataclass(frozen=True)
 class EffectTable:
-    """The effects of every node of one graph, and who writes which storage when."""
+    """The effects of every node of one graph, and who writes which storage when.
 
-    of: dict[Node, Effects]
-    position: dict[Node, int]
+    Attributes:
+        of: each node's effects.
+        position: each node's place in the graph.
+        inputs: for each placeholder, the storages of its value.
+        outputs: for each tensor that the graph returns, the storages it may live in.
+        calls: the nodes that run bodies, with each body's own table.
+    """
+
+    of: dict[Node, Effects] = field(default_factory=dict)
+    position: dict[Node, int] = field(default_factory=dict)
     writers: dict[int, list[int]] = field(default_factory=dict)
     barriers: list[int] = field(default_factory=list)
-    escaping: frozenset[int] = frozenset()
+    outputs: list[frozenset[int]] = field(default_factory=list)
+    calls: dict[Node, tuple[Call, tuple[EffectTable, ...]]] = field(default_factory=dict)
 
-    def written(self, storages: frozenset[int], after: int, before: float = float("inf")) -> bool:
+    @property
+    def escaping(self) -> frozenset[int]:
+        """Storages that leave the graph."""
+        return frozenset().union(*self.outputs)
+
+    def written(
+        self, storages: frozenset[int], after: float = -1, before: float = float("inf")
+    ) -> bool:
         """Whether a node at a position in the open interval writes one of the storages."""
         positions = itertools.chain(self.barriers, *(self.writers.get(s, ()) for s in storages))
         return any(after < p < before for p in positions)
 
 
 def analyze(gm: GraphModule, *, grad_enabled: bool | None = None) -> EffectTable:
-    """The effects of every node.
+    """The effects of every node, and those of the bodies that nodes run.
 
     Args:
         gm: a graph whose nodes carry ``meta["example_value"]`` (Dynamo) or ``meta["val"]``
             (export); nodes without are taken to do the worst.
         grad_enabled: the grad mode in which the graph starts; None when that is not known.
     """
-    return _Analysis(gm, grad_enabled).run()
+    return _Analysis(gm, ModeStack(grad_enabled), _Numbers(), None).run()
 
 
-class _Analysis:
-    def __init__(self, gm: GraphModule, grad_enabled: bool | None) -> None:
-        self.gm = gm
-        self.modes = ModeStack(grad_enabled)
+class _Numbers:
+    """What the analyses of a graph and of its bodies share: one numbering of storages."""
+
+    def __init__(self) -> None:
         self.fresh = itertools.count()
-        self.memory: dict[Hashable, int] = {}  # address of a storage -> token
+        self.memory: dict[Hashable, int] = {}  # address of a storage -> number
+        self.named: set[int] = set()  # the numbers in it
         self.ops = Ops()
-        self.of: dict[Node, Effects] = {}
 
-    def run(self) -> EffectTable:
-        position = {node: i for i, node in enumerate(self.gm.graph.nodes)}
-        table = EffectTable(self.of, position, escaping=frozenset())
-        for node in self.gm.graph.nodes:
-            effects = self.of[node] = self._node(node)
-            if effects.writes_all:
-                table.barriers.append(position[node])
-            for storage in effects.writes:
-                table.writers.setdefault(storage, []).append(position[node])
-        return EffectTable(
-            self.of, position, table.writers, table.barriers, _escaping(self.gm.graph, self.of)
-        )
-
-    def _node(self, node: Node) -> Effects:
-        reads = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
-        flat = frozenset().union(*reads)
-        if node.op in ("placeholder", "get_attr"):
-            return self._input(node)
-        if node.op == "output":
-            return Effects(flat, frozenset(), False, True, False, self.modes.key, ())
-        if self.modes.enter(node):
-            opaque = not is_torch(node)
-            return Effects(flat, frozenset(), False, False, opaque, self.modes.key, ())
-        count = len(tensors_in(value_of(node)))
-        every = (flat | {next(self.fresh)},) * max(1, count)
-        if not is_torch(node):
-            return Effects(flat, flat, True, False, True, self.modes.key, every)
-        op = self._op(node)
-        leaves = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
-        if not op.known or len(op.outputs) != count:
-            return Effects(flat, flat, True, False, False, self.modes.key, every)
-        tokens: dict[int | None, int] = {}
-        values = []
-        for aliases, fresh in op.outputs:
-            if fresh is not None and fresh not in tokens:
-                tokens[fresh] = next(self.fresh)
-            own = {tokens[fresh]} if fresh is not None else set()
-            values.append(frozenset().union(own, *(leaves[i] for i in aliases)))
-        writes = frozenset().union(*(leaves[i] for i in op.writes))
-        return Effects(flat, writes, op.random, True, False, self.modes.key, tuple(values))
-
-    def _input(self, node: Node) -> Effects:
-        value: Any = value_of(node)
-        if node.op == "get_attr":
-            value = attribute_of(self.gm, node)
-        values = tuple(frozenset({self._token(t)}) for t in tensors_in(value))
-        if not values and value is None:  # a placeholder of which nothing is known
-            values = (frozenset({next(self.fresh)}),)
-        return Effects(frozenset(), frozenset(), False, True, False, self.modes.key, values)
-
-    def _token(self, tensor: torch.Tensor) -> int:
+    def of(self, tensor: torch.Tensor) -> int:
         try:
             address: Hashable = storage_of(tensor)
         except (RuntimeError, NotImplementedError):  # subclasses and layouts without a storage
             address = ("tensor", id(tensor))
         if address not in self.memory:
             self.memory[address] = next(self.fresh)
+            self.named.add(self.memory[address])
         return self.memory[address]
+
+
+class _Analysis:
+    """One graph; ``inputs`` are the storages of its placeholders, None for the outermost graph."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        modes: ModeStack,
+        numbers: _Numbers,
+        inputs: list[frozenset[int]] | None,
+    ) -> None:
+        self.gm, self.modes, self.numbers = gm, modes, numbers
+        self.inputs = iter(inputs) if inputs is not None else None
+        self.table = EffectTable()
+        self.of = self.table.of
+
+    def run(self) -> EffectTable:
+        table = self.table
+        for i, node in enumerate(self.gm.graph.nodes):
+            table.position[node] = i
+            effects = self.of[node] = self._node(node)
+            if effects.writes_all:
+                table.barriers.append(i)
+            for storage in effects.writes:
+                table.writers.setdefault(storage, []).append(i)
+        return table
+
+    def _node(self, node: Node) -> Effects:
+        if node.op in ("placeholder", "get_attr"):
+            return self._input(node)
+        leaves = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
+        flat = frozenset().union(*leaves)
+        if node.op == "output":
+            self.table.outputs.extend(self._returned(node))
+            return self._effects(flat)
+        if self.modes.enter(node):
+            return self._effects(flat, known=False, writes_all=not is_torch(node))
+        count = len(tensors_in(value_of(node)))
+        every = (flat | {next(self.numbers.fresh)},) * max(1, count)
+        if not is_torch(node):
+            return self._effects(
+                flat, every, writes=flat, random=True, known=False, writes_all=True
+            )
+        call = call_of(self.gm, node)
+        if call is not None and value_of(node) is not None:
+            return self._call(call, flat, count)
+        op = self._op(node)
+        if not op.known or len(op.outputs) != count:
+            return self._effects(flat, every, writes=flat, random=True, known=False, raises=True)
+        tokens: dict[int | None, int] = {}
+        values = []
+        for aliases, fresh in op.outputs:
+            if fresh is not None and fresh not in tokens:
+                tokens[fresh] = next(self.numbers.fresh)
+            own = {tokens[fresh]} if fresh is not None else set()
+            values.append(frozenset().union(own, *(leaves[i] for i in aliases)))
+        writes = frozenset().union(*(leaves[i] for i in op.writes))
+        return self._effects(flat, tuple(values), writes, random=op.random, raises=op.raises)
+
+    def _effects(
+        self,
+        reads: frozenset[int],
+        values: tuple[frozenset[int], ...] = (),
+        writes: frozenset[int] = frozenset(),
+        *,
+        random: bool = False,
+        known: bool = True,
+        writes_all: bool = False,
+        raises: bool = False,
+    ) -> Effects:
+        return Effects(reads, writes, random, known, writes_all, raises, self.modes.key, values)
+
+    def _input(self, node: Node) -> Effects:
+        value: Any = value_of(node)
+        if node.op == "get_attr":
+            value = attribute_of(self.gm, node)
+        elif self.inputs is not None:
+            count = len(tensors_in(value)) if value is not None else 1
+            return self._effects(frozenset(), (next(self.inputs),) * count)
+        values = tuple(frozenset({self.numbers.of(t)}) for t in tensors_in(value))
+        if not values and value is None:  # a placeholder of which nothing is known
+            values = (frozenset({next(self.numbers.fresh)}),)
+        return self._effects(frozenset(), values)
+
+    def _returned(self, output: Node) -> Iterator[frozenset[int]]:
+        for leaf in tree_flatten(output.args[0])[0]:
+            if isinstance(leaf, Node):
+                yield from self.of[leaf].values
 
     def _op(self, node: Node) -> OpEffects:
         if isinstance(node.target, HigherOrderOperator):
             return self._higher_order(node)
-        return self.ops.effects(node)
+        return self.numbers.ops.effects(node)
+
+    def _call(self, call: Call, flat: frozenset[int], count: int) -> Effects:
+        """The effects of the bodies, on the operands they are given."""
+        first_inside = next(self.numbers.fresh)
+        tables = []
+        for body in call.bodies:
+            varying = [self._storages(v) | {next(self.numbers.fresh)} for v in call.varying]
+            inputs = varying + [self._storages(v) for v in call.operands]
+            modes = self.modes.fork()
+            tables.append(_Analysis(body.module, modes, self.numbers, inputs).run())
+        self.table.calls[call.node] = (call, tuple(tables))
+        inside = [e for table in tables for e in table.of.values()]
+
+        def outside(storages: Iterable[int]) -> frozenset[int]:
+            """Storages that are not allocated in the bodies."""
+            named = self.numbers.named  # tensors that a body's module holds
+            return frozenset(s for s in storages if s < first_inside or s in named)
+
+        values: tuple[frozenset[int], ...]
+        if all(len(table.outputs) == count for table in tables):
+            values = tuple(
+                frozenset().union(*v) for v in zip(*(t.outputs for t in tables), strict=True)
+            )
+        else:
+            values = (frozenset().union(*(t.escaping for t in tables)),) * count
+        own = [frozenset({next(self.numbers.fresh)}) for _ in range(count)]
+        return self._effects(
+            flat | outside(s for e in inside for s in e.reads),
+            tuple(v | o for v, o in zip(values, own, strict=True)),
+            outside(s for e in inside for s in e.writes),
+            random=any(e.random for e in inside),
+            known=not any(_is_unknown(e) for e in inside),
+            writes_all=any(table.barriers for table in tables),
+            raises=any(e.raises for e in inside),
+        )
+
+    def _storages(self, operand: Any) -> frozenset[int]:
+        return self.of[operand].storages if isinstance(operand, Node) else frozenset()
 
     def _higher_order(self, node: Node) -> OpEffects:
         """The effects of the bodies; which operand a body's input is, is not asked."""
@@ -198,9 +287,14 @@ class _Analysis:
             (every if passes or writes else frozenset(), k)
             for k in range(len(tensors_in(value_of(node))))
         )
-        return OpEffects(every if writes else frozenset(), any(e.random for e in effects), outputs)
+        return OpEffects(
+            every if writes else frozenset(),
+            any(e.random for e in effects),
+            outputs,
+            raises=any(e.raises for e in effects),
+        )
 
 
-def _escaping(graph: Graph, of: dict[Node, Effects]) -> frozenset[int]:
-    outputs = [node for node in graph.nodes if node.op == "output"]
-    return frozenset().union(*(of[node].reads for node in outputs))
+def _is_unknown(effects: Effects) -> bool:
+    """An operation of which nothing is known, rather than a mode switch."""
+    return not effects.known and (effects.random or effects.writes_all)

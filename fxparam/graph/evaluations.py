@@ -8,12 +8,13 @@ carry none.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Evaluation", "evaluations", "owner"]
+__all__ = ["Evaluation", "evaluations", "owner", "sites_of"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Evaluation:
     Attributes:
         name: qualified name of the parametrized tensor, as ``cell.weight``.
         nodes: in graph order.
+        runs: how many times one run of the outermost graph runs them; None if not known.
     """
 
     name: str
     nodes: tuple[Node, ...]
+    runs: int | None = 1
 
 
 def owner(node: Node) -> tuple[str, str] | None:
@@ -37,14 +40,19 @@ def owner(node: Node) -> tuple[str, str] | None:
     return None
 
 
-def evaluations(graph: Graph) -> list[Evaluation]:
+def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
     """Every evaluation in a graph, in the order of their first nodes."""
     found: dict[tuple[str, str], list[Node]] = {}
     for node in graph.nodes:
         key = owner(node) if node.op in ("call_function", "call_method", "call_module") else None
         if key is not None:
             found.setdefault(key, []).append(node)
-    return [Evaluation(name, tuple(nodes)) for (_, name), nodes in found.items()]
+    return [Evaluation(name, tuple(nodes), runs) for (_, name), nodes in found.items()]
+
+
+def sites_of(graphs: Iterable[tuple[GraphModule, int | None]]) -> list[Evaluation]:
+    """Every evaluation in some graphs, given how many times each graph runs."""
+    return [site for gm, runs in graphs for site in evaluations(gm.graph, runs)]
 
 
 def _readable(path: str) -> str:

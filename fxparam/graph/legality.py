@@ -2,18 +2,23 @@
 
 ``refusal`` asks them in order. It is given two nodes that compute the same function of the same
 inputs (rule 1: that is what value numbering found) and answers with the first rule that forbids
-the later one to use the value of the earlier one, or None.
+the later one to use the value of the earlier one, or None. ``obstacle`` asks the same of a node in
+a body and a node in front of the call that runs the body.
+
+Whether sharing pays is another question, asked at the end of this file.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from torch.fx import Node
 
 from fxparam.graph.effects import EffectTable
+from fxparam.graph.nodes import tensors_in, value_of
 
-__all__ = ["Rule", "refusal"]
+__all__ = ["Rule", "obstacle", "refusal"]
 
 
 class Rule(enum.Enum):
@@ -26,9 +31,14 @@ class Rule(enum.Enum):
     RANDOM = "the evaluation draws random numbers (rule 5)"
     WRITES = "the evaluation writes in place (rule 5)"
     UNKNOWN = "the effects of an operation are not known (rule 5)"
+    MAY_NOT_RUN = "the body may not run, and the program would not have evaluated it (rule 6)"
+    TOO_LARGE = "the value has more than max_bytes bytes (profitability)"
+    ONE_USE = "nothing else uses the value, and the body runs once (profitability)"
 
 
-def refusal(table: EffectTable, first: Node, again: Node) -> Rule | None:
+def refusal(
+    table: EffectTable, first: Node, again: Node, max_bytes: float = float("inf")
+) -> Rule | None:
     """The rule that forbids ``again`` to use the value of ``first``, which runs before it."""
     impure = has_effects(table, again)
     if impure is not None:
@@ -40,6 +50,32 @@ def refusal(table: EffectTable, first: Node, again: Node) -> Rule | None:
     if is_the_value_written(table, first, again):
         return Rule.VALUE_WRITTEN
     if does_the_value_escape(table, first, again):
+        return Rule.VALUE_ESCAPES
+    if is_too_large(first, max_bytes):
+        return Rule.TOO_LARGE
+    return None
+
+
+def obstacle(
+    outer: EffectTable, call: Node, inner: Sequence[EffectTable], node: Node
+) -> Rule | None:
+    """The rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the call.
+
+    Args:
+        outer: the effects of the graph that has the call.
+        inner: the effects of the bodies, that of ``node`` first.
+    """
+    table = inner[0]
+    impure = has_effects(table, node)
+    if impure is not None:
+        return impure
+    if table.of[node].modes != outer.of[call].modes:
+        return Rule.MODES_DIFFER
+    if any(is_an_input_written_inside(body, table, node) for body in inner):
+        return Rule.ORIGINAL_WRITTEN
+    if any(is_the_value_written_inside(body, table, node) for body in inner):
+        return Rule.VALUE_WRITTEN
+    if table.of[node].storages & table.escaping:
         return Rule.VALUE_ESCAPES
     return None
 
@@ -79,3 +115,38 @@ def does_the_value_escape(table: EffectTable, first: Node, again: Node) -> bool:
     """
     values = table.of[first].values + table.of[again].values
     return any(value & table.escaping for value in values)
+
+
+def is_an_input_written_inside(body: EffectTable, table: EffectTable, node: Node) -> bool:
+    """Rule 2 for a loop: a later run of the body would read what an earlier one wrote."""
+    return body.written(table.of[node].reads)
+
+
+def is_the_value_written_inside(body: EffectTable, table: EffectTable, node: Node) -> bool:
+    """Rule 3 for a loop: a later run of the body would find the value changed."""
+    return body.written(table.of[node].storages)
+
+
+def runs_whenever_the_call_does(
+    table: EffectTable, node: Node, *, always: bool, branch: bool, on_every_path: bool
+) -> bool:
+    """Rule 6: is the evaluation run anyway, or does it do no harm where it is not?
+
+    An evaluation without effects that cannot raise does no harm in front of a loop that runs zero
+    times. In front of a branch it is work that the other branch would not have done.
+
+    Args:
+        always: the body runs at least once.
+        branch: the body is one of several, of which one runs.
+        on_every_path: the value is also evaluated in the other bodies, or outside.
+    """
+    if always or on_every_path:
+        return True
+    return not branch and not table.of[node].raises
+
+
+def is_too_large(node: Node, max_bytes: float) -> bool:
+    """Does the value have more bytes than one shared value may have?"""
+    if max_bytes == float("inf"):
+        return False
+    return sum(t.numel() * t.element_size() for t in tensors_in(value_of(node))) > max_bytes

@@ -39,6 +39,13 @@ class ModeStack:
         self._grad: Hashable = grad_enabled
         self._entered: list[tuple[str, Hashable]] = []
 
+    def fork(self) -> ModeStack:
+        """The modes in force here, to be followed into a body."""
+        copy = ModeStack(None)
+        copy._fresh, copy._base, copy._grad = self._fresh, self._base, self._grad
+        copy._entered = list(self._entered)
+        return copy
+
     @property
     def key(self) -> Hashable:
         return (self._base, self._grad, tuple(self._entered))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxparam._private import tree_flatten
+from fxparam._private import storage_identity, tree_flatten
 
-__all__ = ["attribute_of", "body_of", "tensors_in", "value_of"]
+__all__ = ["attribute_of", "body_of", "is_view", "tensors_in", "value_of"]
 
 
 def value_of(node: Node) -> Any:
@@ -32,3 +32,14 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """The graph that a node hands to a higher-order op, if it is one."""
     value = attribute_of(gm, node) if node.op == "get_attr" else None
     return value if isinstance(value, GraphModule) else None
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node's value shows the memory of one of its inputs."""
+    inputs = {_storage(t) for n in node.all_input_nodes for t in tensors_in(value_of(n))}
+    outputs = [_storage(t) for t in tensors_in(value_of(node))]
+    return bool(outputs) and all(s is not None and s in inputs for s in outputs)
+
+
+def _storage(tensor: torch.Tensor) -> object:
+    return storage_identity(tensor)[1]

@@ -40,6 +40,7 @@ class OpEffects:
     # per tensor of the value: argument leaves it aliases, and the fresh storage it lives in
     outputs: tuple[tuple[frozenset[int], int | None], ...] = ()
     known: bool = True
+    raises: bool = False  # depending on the data
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[misc]
@@ -49,6 +50,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.written: set[int] = set()
         self.random = False
+        self.raises = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -63,11 +65,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
                 kwargs.get(argument.name) is not None
             )
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.raises |= _may_raise(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 #: What cannot be seen is taken to do the worst.
-UNKNOWN = OpEffects(frozenset(), True, known=False)
+UNKNOWN = OpEffects(frozenset(), True, known=False, raises=True)
+
+# Linear algebra that is defined for every matrix; the rest may find one singular, indefinite or
+# without convergence.
+_TOTAL = {
+    "linalg_cross",
+    "linalg_diagonal",
+    "linalg_householder_product",
+    "linalg_matrix_exp",
+    "linalg_matrix_norm",
+    "linalg_matrix_power",
+    "linalg_norm",
+    "linalg_qr",
+    "linalg_vecdot",
+    "linalg_vector_norm",
+}
+_INDEXING = ("index", "gather", "scatter", "embedding", "take", "put")
+_PARTIAL = ("linalg_", "_linalg_", "cholesky", "inverse", "lu_", "_lu_", "lstsq", "svd", "eig")
 
 
 class Ops:
@@ -87,6 +107,22 @@ class Ops:
             return self._seen[key]
         except Exception:  # data-dependent ops, wrapped values, whatever else fakes cannot do
             return UNKNOWN
+
+
+def _may_raise(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the data decides if an ATen op raises: factorizations, indices, integer division."""
+    name = func._schema.name.partition("::")[2]
+    if name.startswith("_assert") or name in ("_linalg_check_errors", "is_nonzero"):
+        return True
+    if name.startswith(_PARTIAL) and name not in _TOTAL:
+        return True
+    tensors = tensors_in((args, kwargs))
+    whole = [not (t.dtype.is_floating_point or t.dtype.is_complex) for t in tensors]
+    if name.startswith(("div", "floor_div", "remainder", "fmod")):
+        return all(whole)
+    return any(whole) and name.startswith(
+        ("index", "gather", "scatter", "embedding", "take", "put")
+    )
 
 
 def _writes_undeclared(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -132,6 +168,7 @@ def _observe(node: Node, fake_mode: Any) -> OpEffects:
         tuple(
             (frozenset(owners.get(storage_of(t), ())), fresh.get(storage_of(t))) for t in outputs
         ),
+        raises=recorder.raises,
     )
 
 

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from fxparam.graph.evaluations import Evaluation
 from fxparam.graph.legality import Rule
+from fxparam.graph.nodes import is_view
 
-__all__ = ["Entry", "Report", "make_report"]
+__all__ = ["Entry", "Kept", "Report", "make_report"]
+
+
+# A parametrization in its list, as module stacks spell it.
+_STEP = re.compile(r"parametrizations\W+\w+\W+\d+\W*$")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Evaluations that were not shared, and why.
+
+    Attributes:
+        rule: the first rule that kept an operation of theirs.
+        count: how many evaluations it kept.
+        where: source lines of their accesses, as ``file:line``, where the capture knows them.
+    """
+
+    rule: Rule
+    count: int
+    where: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,16 +41,24 @@ class Entry:
 
     Attributes:
         name: its qualified name.
-        accesses: evaluations in the graph as captured, one per access.
-        evaluations: evaluations of which at least one operation is left.
-        kept: for each rule that kept an operation of a repeated evaluation, how many
-            evaluations it kept.
+        kind: the classes of its parametrizations, in order.
+        accesses: evaluations in the graphs as captured, one per access in the source.
+        evaluations: of those, the ones of which at least one operation is left.
+        runs_before: evaluations in one run as captured, loops unrolled; None if not known.
+        runs: evaluations in one run that are left.
+        hoisted_from: the loops and other bodies that it was moved out of, each with the number of
+            its iterations, None if not known.
+        kept: what kept the others.
     """
 
     name: str
+    kind: tuple[str, ...]
     accesses: int
     evaluations: int
-    kept: tuple[tuple[Rule, int], ...] = ()
+    runs_before: int | None
+    runs: int | None
+    hoisted_from: tuple[tuple[str, int | None], ...] = ()
+    kept: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +67,8 @@ class Report:
 
     Attributes:
         entries: one per parametrized tensor that the graph names.
-        merged: operations that now use an earlier one's value, named or not.
+        merged: operations that now use another's value, and values moved out of bodies, named or
+            not.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -46,21 +77,82 @@ class Report:
     def __repr__(self) -> str:
         lines = [f"fxparam: {self.merged} operations shared"]
         for entry in self.entries:
-            lines.append(f"  {entry.name}: {entry.accesses} accesses, {entry.evaluations} kept")
-            lines += [f"    {count} kept: {rule.value}" for rule, count in entry.kept]
+            lines.append(f"  {entry.name} ({' -> '.join(entry.kind)}): {_counts(entry)}")
+            for op, iterations in entry.hoisted_from:
+                lines.append(f"    moved out of {op}{_times(iterations)}")
+            for kept in entry.kept:
+                lines.append(f"    {kept.count} kept: {kept.rule.value}")
+                lines += [f"      {place}" for place in kept.where]
         return "\n".join(lines)
 
 
-def make_report(found: list[Evaluation], merged: set[Node], refusals: dict[Node, Rule]) -> Report:
-    """Count, for each parametrized tensor, what the pass left of its evaluations."""
+def _counts(entry: Entry) -> str:
+    text = f"{entry.accesses} accesses, {entry.evaluations} kept"
+    if (entry.runs_before, entry.runs) != (entry.accesses, entry.evaluations):
+        before, after = ("?" if n is None else n for n in (entry.runs_before, entry.runs))
+        text += f"; {before} evaluations in one run, {after} left"
+    return text
+
+
+def _times(iterations: int | None) -> str:
+    return "" if iterations in (None, 1) else f" of {iterations} iterations"
+
+
+def make_report(
+    before: list[Evaluation],
+    after: list[Evaluation],
+    refusals: Mapping[Node, Rule],
+    origins: Mapping[str, Mapping[Node, tuple[str, int | None]]],
+    merged: int,
+) -> Report:
+    """Compare, for each parametrized tensor, its evaluations before and after the pass."""
     entries = []
-    for name in dict.fromkeys(e.name for e in found):
-        mine = [e for e in found if e.name == name]
-        left = [e for e in mine if any(node not in merged for node in e.nodes)]
-        why = Counter(
-            next(refusals[node] for node in e.nodes if node in refusals)
-            for e in mine[1:]
-            if e in left and any(node in refusals for node in e.nodes)
+    for name in dict.fromkeys(e.name for e in before):
+        mine = [e for e in before if e.name == name]
+        left = [e for e in after if e.name == name and not all(map(is_view, e.nodes))]
+        kept: dict[Rule, list[Evaluation]] = {}
+        # One evaluation is what sharing leaves; it is not one that was kept.
+        for site in left[1:] if left and left[0].runs == 1 else left:
+            rule = next((refusals[node] for node in site.nodes if node in refusals), None)
+            if rule is not None:
+                kept.setdefault(rule, []).append(site)
+        moved = Counter(origins.get(name, {}).values())
+        entries.append(
+            Entry(
+                name,
+                _kind(mine[0]),
+                len(mine),
+                len(left),
+                _total(mine),
+                _total(left),
+                tuple(moved),
+                tuple(Kept(rule, len(sites), _lines(sites)) for rule, sites in kept.items()),
+            )
         )
-        entries.append(Entry(name, len(mine), len(left), tuple(why.items())))
-    return Report(tuple(entries), len(merged))
+    return Report(tuple(entries), merged)
+
+
+def _total(sites: list[Evaluation]) -> int | None:
+    runs = [site.runs for site in sites]
+    return None if None in runs else sum(n for n in runs if n is not None)
+
+
+def _kind(site: Evaluation) -> tuple[str, ...]:
+    """The parametrizations a site runs through: what the module stacks name below the list."""
+    kinds: dict[str, str] = {}
+    for node in site.nodes:
+        for call, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            if _STEP.search(path):
+                kinds.setdefault(call.partition("@")[0], getattr(kind, "__name__", str(kind)))
+    return tuple(kinds.values())
+
+
+def _lines(sites: list[Evaluation]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for site in sites:
+        trace = site.nodes[0].meta.get("stack_trace") or ""
+        frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+        outside = [f for f in frames if "/torch/nn/" not in f[0] and "/fxparam/" not in f[0]]
+        if outside:
+            found[":".join(outside[0])] = None
+    return tuple(found)

@@ -1,0 +1,105 @@
+"""The graphs of one capture: the outermost one and the bodies that its nodes run, innermost first.
+
+A body that several calls run is one graph seen in several contexts, and what is done to it must be
+right in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.bodies import Call
+from fxparam.graph.derived import Derived, derive, is_parameter
+from fxparam.graph.effects import EffectTable
+
+__all__ = ["Context", "Scope", "scopes_of"]
+
+_LOOPS = {"scan", "associative_scan", "map_impl", "while_loop"}
+
+
+@dataclass(frozen=True)
+class Context:
+    """One call that runs a body: where from, and what the body does then."""
+
+    parent: Scope
+    outer: EffectTable
+    call: Call
+    index: int  # of the body among those of the call
+    inner: tuple[EffectTable, ...]  # of all bodies of the call
+
+    @property
+    def loops(self) -> bool:
+        """The call runs its bodies more than once."""
+        return self.call.op in _LOOPS
+
+
+@dataclass(eq=False)
+class Scope:
+    """One graph.
+
+    Attributes:
+        tables: its effects, in each context.
+        contexts: the calls that run it; none for the outermost graph.
+    """
+
+    gm: GraphModule
+    derived: Derived = field(default_factory=lambda: Derived(frozenset(), frozenset(), frozenset()))
+    tables: list[EffectTable] = field(default_factory=list)
+    contexts: list[Context] = field(default_factory=list)
+
+    @property
+    def looped(self) -> bool:
+        """The graph is run many times by one run of the outermost."""
+        return any(c.loops or c.parent.looped for c in self.contexts)
+
+    @property
+    def runs(self) -> int | None:
+        """How many times one run of the outermost graph runs it; None if not known."""
+        total = 0 if self.contexts else 1
+        for context in self.contexts:
+            outer, inner = context.parent.runs, context.call.iterations
+            if outer is None or inner is None:
+                return None
+            # A branch may run or not: counted as if it did.
+            total += outer * inner // max(1, len(context.parent.tables))
+        return total
+
+
+def scopes_of(gm: GraphModule, table: EffectTable) -> list[Scope]:
+    """Every graph that a run of ``gm`` runs, bodies before the graphs that run them."""
+    found: dict[GraphModule, Scope] = {}
+    order: list[Scope] = []
+
+    def visit(module: GraphModule, table: EffectTable) -> Scope:
+        scope = found.setdefault(module, Scope(module))
+        scope.tables.append(table)
+        for call, inner in table.calls.values():
+            for index, body in enumerate(call.bodies):
+                child = visit(body.module, inner[index])
+                child.contexts.append(Context(scope, table, call, index, inner))
+        if scope not in order:
+            order.append(scope)
+        return scope
+
+    visit(gm, table)
+    for scope in reversed(order):
+        scope.derived = derive(scope.gm, _derived_inputs(scope))
+    return order
+
+
+def _derived_inputs(scope: Scope) -> set[Node]:
+    placeholders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
+    if not scope.contexts:
+        return {node for node in placeholders if is_parameter(node)}
+    found = set(placeholders)
+    for context in scope.contexts:
+        outer = context.parent.derived
+        given = (*(None for _ in context.call.varying), *context.call.operands)
+        found &= {
+            placeholder
+            for placeholder, operand in zip(placeholders, given, strict=True)
+            if operand in outer.nodes or operand in outer.constants
+        }
+    return found

@@ -1,0 +1,90 @@
+"""Value numbering along one straight-line graph: repeated evaluations become one.
+
+    w0 = f(p); h = g(w0, h)              w0 = f(p); h = g(w0, h)
+    w1 = f(p); h = g(w1, h)      ->                 h = g(w0, h)
+
+A node is numbered by its op, its literals and the numbers of its inputs. Two nodes of one number
+compute the same function of the same tensors (rule 1); whether the later one may use the earlier
+one's value is asked of ``legality``, node by node, so that a chain which may not be shared as a
+whole still shares its pure prefix. The graph is a straight line, hence the earlier node always
+runs when the later one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.effects import EffectTable
+from fxparam.graph.legality import Rule, has_effects, refusal
+from fxparam.graph.numbering import key_of
+from fxparam.graph.scopes import Scope
+
+__all__ = ["Shared", "erase_unused", "share"]
+
+
+@dataclass
+class Shared:
+    """Attributes:
+    number: for each node, the node whose value it has.
+    firsts: for each key, the nodes with a value of their own.
+    merged: nodes that were replaced.
+    refusals: nodes that were kept, and why.
+    """
+
+    number: dict[Node, Node] = field(default_factory=dict)
+    firsts: dict[Hashable, list[Node]] = field(default_factory=dict)
+    merged: set[Node] = field(default_factory=set)
+    refusals: dict[Node, Rule] = field(default_factory=dict)
+
+
+def share(scope: Scope, max_bytes: float = float("inf")) -> Shared:
+    """Let repeated nodes of a graph use the first one's value, and erase them."""
+    result = Shared()
+    candidates = scope.derived.candidates
+    for node in scope.gm.graph.nodes:
+        key = key_of(scope.gm, node, result.number)
+        result.number[node] = node
+        impure = _first_refusal(has_effects(table, node) for table in scope.tables)
+        if impure is not None and node in candidates:
+            result.refusals[node] = impure
+        if key is None or impure is not None:
+            continue
+        refused: Rule | None = None
+        for first in result.firsts.setdefault(key, []):
+            refused = _first_refusal(refusal(t, first, node, max_bytes) for t in scope.tables)
+            if refused is None:
+                result.number[node] = first
+                if node in candidates:
+                    node.replace_all_uses_with(first)
+                    result.merged.add(node)
+                break
+        if result.number[node] is node:
+            result.firsts[key].append(node)
+            if refused is not None and node in candidates:
+                result.refusals[node] = refused
+    erase_unused(scope.gm, scope.tables[0], result.merged)
+    return result
+
+
+def _first_refusal(refusals: Iterable[Rule | None]) -> Rule | None:
+    return next((rule for rule in refusals if rule is not None), None)
+
+
+def erase_unused(gm: GraphModule, table: EffectTable, nodes: Iterable[Node]) -> None:
+    """Erase nodes that nothing uses, then what they alone used.
+
+    Not ``Graph.eliminate_dead_code``: it takes ``add_`` and ``out=`` for pure.
+    """
+    work = sorted(nodes, key=table.position.__getitem__, reverse=True)
+    while work:
+        node = work.pop(0)
+        if node.users or node._erased or node.op == "placeholder":
+            continue
+        if node.op != "get_attr" and not table.of[node].pure:
+            continue
+        inputs = node.all_input_nodes
+        gm.graph.erase_node(node)
+        work.extend(inputs)

@@ -1,0 +1,213 @@
+"""Code motion out of the bodies of higher-order ops, counted at run time against eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.map import map as torch_map
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import fxparam
+from tests import helpers
+
+STEPS = 4
+
+
+class Cell(nn.Module):
+    """A linear layer whose weight is evaluated, and counted, at each access."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell = nn.Linear(3, 3, dtype=torch.float64)
+        for step in (helpers.MatrixExponential(), helpers.Counting()):
+            parametrize.register_parametrization(self.cell, "weight", step)
+        self.register_buffer("state", torch.randn(3, dtype=torch.float64))
+        self.body = body
+
+    def step(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.cell(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def _python_loop(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(STEPS):
+        x = m.step(x)
+    return x
+
+
+def _scan(m: Cell, x: Tensor) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.step(h + row)
+        return h + 0, h * 2
+
+    return scan(step, x[0], x, dim=0)[1]
+
+
+def _scan_reads_three_times(m: Cell, x: Tensor) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.step(m.step(m.step(h) + row))
+        return h + 0, h * 2
+
+    return scan(step, x[0], x, dim=0)[1]
+
+
+def _scan_of_scan(m: Cell, x: Tensor) -> Tensor:
+    def inner(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.step(h + row)
+        return h + 0, h * 2
+
+    def outer(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = scan(inner, h + row, row.unsqueeze(0) * torch.ones(2, 1).to(row), dim=0)[0]
+        return h + 0, h * 2
+
+    return scan(outer, x[0], x, dim=0)[1]
+
+
+def _loop_of_scan(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = _scan(m, x)
+    return m.step(x)
+
+
+def _map(m: Cell, x: Tensor) -> Tensor:
+    return torch_map(m.step, x)
+
+
+def _cond_in_both_branches(m: Cell, x: Tensor) -> Tensor:
+    x = torch.cond(x.sum() > 0, lambda x: m.step(x), lambda x: m.step(x) * 2, (x,))
+    return torch.cond(x.sum() > 0, lambda x: m.step(x), lambda x: m.step(x) * 2, (x,))
+
+
+def _cond_and_outside(m: Cell, x: Tensor) -> Tensor:
+    x = torch.cond(x.sum() > 0, lambda x: m.step(x), lambda x: x * 2, (x,))
+    return m.step(x)
+
+
+def _checkpoint(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(STEPS):
+        x = checkpoint(m.step, x, use_reentrant=False)
+    return x
+
+
+def _checkpoint_of_loop(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = checkpoint(lambda x: _python_loop(m, x), x, use_reentrant=False)
+    return x
+
+
+def _scan_of_checkpoint(m: Cell, x: Tensor) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = checkpoint(m.step, h + row, use_reentrant=False)
+        return h + 0, h * 2
+
+    return scan(step, x[0], x, dim=0)[1]
+
+
+@torch.compiler.nested_compile_region
+def _step_region(m: Cell, x: Tensor) -> Tensor:
+    return m.step(x)
+
+
+def _region(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(STEPS):
+        x = _step_region(m, x)
+    return x
+
+
+def _while(m: Cell, x: Tensor) -> Tensor:
+    def condition(i: Tensor, h: Tensor) -> Tensor:
+        return i < STEPS
+
+    def body(i: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, m.step(h)
+
+    return while_loop(condition, body, (torch.tensor(0), x))[1]
+
+
+TRAINED = [
+    _python_loop,
+    _scan,
+    _scan_reads_three_times,
+    _loop_of_scan,
+    _map,
+    _cond_in_both_branches,
+    _cond_and_outside,
+    _checkpoint,
+    _checkpoint_of_loop,
+    _scan_of_checkpoint,
+    _region,
+]
+
+
+def _counted(
+    body: Callable[..., Any], *, train: bool, inner: str = "aot_eager", **options: Any
+) -> tuple[tuple[int, int], Any]:
+    """Evaluations, forward and backward, of the compiled model, equal to eager; the report."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Cell(body)
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    fx = fxparam.backend(inner)
+    compiled = torch.compile(twin, backend=fx, **options)
+
+    def step(run: Callable[..., Any]) -> Any:
+        with torch.set_grad_enabled(train):
+            out = run(x)
+            if train:
+                out.square().sum().backward()
+        return out
+
+    expected, actual = step(model), None
+
+    def again() -> None:
+        nonlocal actual
+        actual = step(compiled)
+
+    again()
+    twin.zero_grad()
+    counts = helpers.counted(again)
+    torch.testing.assert_close(actual, expected)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name, rtol=1e-9, atol=1e-12)
+    return counts, fx.last_report
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("body", TRAINED, ids=lambda body: body.__name__)
+def test_one_evaluation_forward_and_one_backward(body: Callable[..., Any], fullgraph: bool) -> None:
+    counts, _ = _counted(body, train=True, fullgraph=fullgraph)
+    assert counts == (1, 1)
+
+
+@pytest.mark.parametrize("body", [*TRAINED, _scan_of_scan, _while], ids=lambda body: body.__name__)
+def test_one_evaluation_in_inference(body: Callable[..., Any]) -> None:
+    counts, _ = _counted(body, train=False, fullgraph=True)
+    assert counts == (1, 0)
+
+
+@pytest.mark.parametrize("body", [_scan, _map], ids=lambda body: body.__name__)
+def test_loops_train_under_inductor_without_fullgraph(body: Callable[..., Any]) -> None:
+    # Where torch alone raises DataDependentOutputException.
+    counts, _ = _counted(body, train=True, inner="inductor")
+    assert counts == (1, 1)
+
+
+def test_the_report_says_where_from() -> None:
+    _, report = _counted(_scan, train=True)
+    (entry,) = report.entries
+    assert entry.name == "cell.weight"
+    assert entry.kind == ("MatrixExponential", "Counting")
+    assert (entry.runs_before, entry.runs) == (5, 1)
+    assert entry.hoisted_from == (("scan", 5),)
+    assert "moved out of scan of 5 iterations" in repr(report)

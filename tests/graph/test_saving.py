@@ -1,0 +1,58 @@
+"""Backward never recomputes from a buffer that forward has overwritten."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import fxparam
+
+
+class Critic(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(inputs, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().sum() + self.layer(2 * x).tanh().sum()
+
+
+# torch alone is wrong for 3 and 4 inputs by 0.3 %, and right from 5 on.
+@pytest.mark.parametrize("inputs", range(2, 9))
+def test_spectral_norm_trains_as_in_eager(inputs: int) -> None:
+    torch.manual_seed(inputs)
+    model = Critic(inputs)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="fxparam")
+    for _ in range(2):
+        x = torch.randn(4, inputs, dtype=torch.float64)
+        for m in (model, twin):
+            m.zero_grad()
+        model(x).backward()
+        compiled(x).backward()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-12, atol=1e-12, msg=name)
+        for p, q in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_of_the_users_own_still_runs() -> None:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Seen(CustomGraphPass):
+        graphs = 0
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            Seen.graphs += 1
+
+        def uuid(self) -> None:
+            return None
+
+    model = Critic(3)
+    compiled = torch.compile(model, backend=fxparam.backend(joint_custom_pre_pass=Seen()))
+    compiled(torch.randn(2, 3, dtype=torch.float64)).backward()
+    assert Seen.graphs > 0
