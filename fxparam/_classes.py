@@ -129,6 +129,8 @@ def _property(original: type, name: str) -> property:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
         if _context.active:
             return scopes.read(chain)
+        if torch.compiler.is_dynamo_compiling():
+            return scopes.evaluate(chain)
         return chain()  # type: ignore[no-any-return]
 
     def set_original(self: Module, value: Tensor) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "UnsupportedTorchError",
     "active_modes",
     "allow_scalar_outputs",
+    "annotate",
     "behind_proxy",
     "functorch_level",
     "inductor_with",
@@ -34,6 +35,9 @@ __all__ = [
     "is_parameter_or_buffer",
     "is_wrapper_subclass",
     "storage_identity",
+    "trace_artifact",
+    "trace_marks",
+    "traced_for",
     "tree_flatten",
     "tree_map",
 ]
@@ -65,6 +69,9 @@ TorchDispatchMode: Any = _lookup("torch.utils._python_dispatch", "TorchDispatchM
 HigherOrderOperator: Any = _lookup("torch._ops", "HigherOrderOperator")
 tree_flatten: Any = _lookup("torch.utils._pytree", "tree_flatten")
 tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
+# Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
+# ops too.
+annotate: Any = _lookup("torch.fx.traceback", "annotate")
 _inductor_wrapper = _lookup("torch", "_TorchCompileInductorWrapper")
 _is_wrapper_subclass = _lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 
@@ -123,6 +130,36 @@ def is_opaque_reference(value: object) -> bool:
     except ImportError:
         return False
     return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
+
+
+def trace_marks() -> dict[str, Any]:
+    """What the nodes that are being traced are marked with."""
+    # Looked up each time: torch binds the name to another dictionary.
+    marks: dict[str, Any] = _lookup("torch.fx.traceback", "current_meta").get("custom") or {}
+    return marks
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text among the structured traces of a compilation, where tlparse shows it."""
+    emit = _lookup("torch._logging", "trace_structured")
+    emit(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+def traced_for() -> object:
+    """The backend for which Dynamo is tracing, without the wrappers that torch puts around it."""
+    tracer = _lookup("torch._dynamo.symbolic_convert", "InstructionTranslator").current_tx()
+    backend = tracer.output.compiler_fn
+    seen: list[object] = []
+    while backend is not None and backend not in seen:
+        seen.append(backend)
+        inner = getattr(backend, "_torchdynamo_orig_backend", None)
+        inner = inner or getattr(backend, "compiler_fn", None)
+        backend = inner or backend
+    return seen[-1] if seen else None
 
 
 def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:

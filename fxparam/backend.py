@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from fxparam._private import allow_scalar_outputs, inductor_with
+from fxparam._private import allow_scalar_outputs, inductor_with, trace_artifact
 from fxparam.graph import Report, hoist, save_reads_of_overwritten_inputs
 from fxparam.graph.nodes import value_of
 
@@ -22,16 +24,27 @@ class Backend:
     """A ``torch.compile`` backend; make one with :func:`backend`.
 
     Attributes:
-        last_report: what the pass did to the graph compiled last, or None.
+        reports: what the pass did, for each graph compiled since the last
+            ``torch.compiler.reset()``.
     """
 
     compiler_name = "fxparam"
 
     def __init__(
-        self, inner: str | Callable[..., Any], mode: str | None, options: dict[str, Any]
+        self,
+        inner: str | Callable[..., Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        max_bytes: float = math.inf,
     ) -> None:
-        self._inner, self._mode, self._options = inner, mode, options
-        self.last_report: Report | None = None
+        self._inner, self._mode, self._options = inner, mode, options or {}
+        self._max_bytes = max_bytes
+        self.reports: list[Report] = []
+
+    @property
+    def last_report(self) -> Report | None:
+        """What the pass did to the graph compiled last, or None."""
+        return self.reports[-1] if self.reports else None
 
     def __call__(
         self,
@@ -48,17 +61,22 @@ class Backend:
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
         # Dynamo restores the frame's own grad mode before it calls a backend.
-        result = hoist(gm, grad_enabled=torch.is_grad_enabled())
-        self.last_report = result.report
-        if result.report.entries or result.modified:
-            _log.info("%r", result.report)
+        result = hoist(gm, grad_enabled=torch.is_grad_enabled(), max_bytes=self._max_bytes)
+        report = result.report
+        self.reports.append(report)
+        if report.entries or result.modified:
+            _log.info("%r", report)
+            trace_artifact("fxparam_report", lambda: repr(report))
         if result.has_bodies:
             allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
         compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
+        with suppress(AttributeError, TypeError):  # an artifact that takes no attributes
+            compiled.fxparam_report = report  # type: ignore[attr-defined]
         return compiled
 
     def reset(self) -> None:
         """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""
+        self.reports.clear()
         inner = self._configured(self._mode, self._options)
         if hasattr(inner, "reset"):
             inner.reset()
@@ -82,7 +100,11 @@ def _lookup(inner: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def backend(
-    inner: str | Callable[..., Any] = "inductor", *, mode: str | None = None, **options: Any
+    inner: str | Callable[..., Any] = "inductor",
+    *,
+    mode: str | None = None,
+    max_bytes: float = math.inf,
+    **options: Any,
 ) -> Backend:
     """A ``torch.compile`` backend that shares parametrization evaluations, then calls ``inner``.
 
@@ -92,6 +114,7 @@ def backend(
         inner: any backend that ``torch.compile`` takes: a registered name, or a callable from a
             ``GraphModule`` and example inputs to a callable.
         mode: as ``torch.compile``'s, handed to ``inner``.
+        max_bytes: a value with more bytes than this is not shared: a shared value lives longer.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
@@ -112,8 +135,8 @@ def backend(
             raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")
     elif not callable(inner):
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
-    return Backend(inner, mode, options)
+    return Backend(inner, mode, options, max_bytes)
 
 
 #: What the entry point ``fxparam`` names.
-default = Backend("inductor", None, {})
+default = Backend("inductor")

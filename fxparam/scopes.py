@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam import _context, _private
+from fxparam import _context, _private, _static
 from fxparam._stamp import Entry, Snapshot
+from fxparam.graph.marks import EVALUATION, REGION
 
 __all__ = ["cached"]
 
@@ -97,6 +98,12 @@ def cached() -> Iterator[None]:
         ...     print(layer.weight is layer.weight)
         True
     """
+    # Constant while Dynamo traces, which follows one of the two.
+    mark = _static.region() if torch.compiler.is_dynamo_compiling() else ""
+    if mark and not _context.active:
+        with _private.annotate({REGION: mark}):
+            yield
+        return
     entered = _enter()
     try:
         yield
@@ -167,6 +174,15 @@ def read(chain: Module) -> Tensor:
         if len(entries) > _KEPT:
             del entries[next(iter(entries))]
     return value
+
+
+def evaluate(chain: Module) -> Tensor:
+    """The value of ``chain``, marked as one evaluation where a region is being compiled."""
+    mark = _static.evaluation_of(chain)
+    if not mark:
+        return chain()  # type: ignore[no-any-return]
+    with _private.annotate({EVALUATION: mark}):
+        return chain()  # type: ignore[no-any-return]
 
 
 @_untraced

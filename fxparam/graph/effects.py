@@ -98,6 +98,12 @@ class EffectTable:
         """Storages that leave the graph."""
         return frozenset().union(*self.outputs)
 
+    def forget(self, nodes: Iterable[Node]) -> None:
+        """Drop nodes that were erased from what was written."""
+        gone = {self.position[node] for node in nodes}
+        for positions in (self.barriers, *self.writers.values()):
+            positions[:] = [p for p in positions if p not in gone]
+
     def written(
         self, storages: frozenset[int], after: float = -1, before: float = float("inf")
     ) -> bool:

@@ -3,8 +3,9 @@
 Run before autograd, one value means one backward: merged after it, as torch's own CSE passes do,
 the N backwards of N cotangents stay.
 
-Each round looks at the effects of every graph, shares what repeats in each, and moves values one
-graph outwards. The rounds end when nothing moves, at the latest after as many as graphs are nested.
+Each round looks at the effects of every graph, shares what repeats in each (in ``cached()`` regions
+with its effects), and moves values one graph outwards. The rounds end when nothing moves, at the
+latest after as many as graphs are nested.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
-from fxparam.graph.evaluations import sites_of
+from fxparam.graph.evaluations import Evaluation, sites_of
 from fxparam.graph.legality import Rule
 from fxparam.graph.motion import Moved, move_out
 from fxparam.graph.nodes import body_of
+from fxparam.graph.regions import check_regions, share_regions
 from fxparam.graph.report import Report, make_report
 from fxparam.graph.scopes import scopes_of
 from fxparam.graph.share import share
@@ -60,22 +62,27 @@ def hoist(
     if not _may_share(gm):
         found = sites_of([(gm, 1)])
         return HoistResult(gm, make_report(found, found, {}, {}, 0), False)
-    before, merged, moved = None, 0, Moved()
+    merged, moved = 0, Moved()
+    before: list[Evaluation] | None = None
     changed: set[GraphModule] = set()
     while True:
         scopes = scopes_of(gm, analyze(gm, grad_enabled=grad_enabled))
         if before is None:
             before = sites_of([(s.gm, s.runs) for s in scopes])
+        in_regions = {scope: share_regions(scope) for scope in scopes}
         shared = {scope: share(scope, max_bytes) for scope in scopes}
-        merged += sum(len(s.merged) for s in shared.values())
         step = move_out(scopes, shared, max_bytes)
-        changed |= {scope.gm for scope in scopes if shared[scope].merged}
+        for scope in scopes:
+            count = len(in_regions[scope]) + len(shared[scope].merged)
+            merged += count
+            if count or step.values:
+                changed.add(scope.gm)
         for name, calls in step.origins.items():
             moved.origins.setdefault(name, {}).update(calls)
+        moved.values += step.values
         if not step.values:
             break
-        moved.values += step.values
-        changed |= {scope.gm for scope in scopes}
+    check_regions(scopes)
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():
         refusals.update(result.refusals)

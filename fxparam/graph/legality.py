@@ -57,17 +57,23 @@ def refusal(
 
 
 def obstacle(
-    outer: EffectTable, call: Node, inner: Sequence[EffectTable], node: Node
+    outer: EffectTable,
+    call: Node,
+    inner: Sequence[EffectTable],
+    node: Node,
+    *,
+    drawn_once: bool = False,
 ) -> Rule | None:
     """The rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the call.
 
     Args:
         outer: the effects of the graph that has the call.
         inner: the effects of the bodies, that of ``node`` first.
+        drawn_once: random numbers are drawn once for all runs of the body.
     """
     table = inner[0]
     impure = has_effects(table, node)
-    if impure is not None:
+    if impure is not None and not (impure is Rule.RANDOM and drawn_once):
         return impure
     if table.of[node].modes != outer.of[call].modes:
         return Rule.MODES_DIFFER

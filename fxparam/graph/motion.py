@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, is_too_large, obstacle, runs_whenever_the_call_does
+from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
 from fxparam.graph.nodes import attribute_of, value_of
 from fxparam.graph.numbering import key_of
 from fxparam.graph.scopes import Context, Scope
@@ -108,8 +109,10 @@ def _movable(scope: Scope, moved: Moved) -> _Movable:
             continue
         if not all(n in found.stays or n in found.nodes for n in node.all_input_nodes):
             continue
+        drawn = [_is_drawn_once(c, node) for c in scope.contexts]
         why = [
-            obstacle(c.outer, c.call.node, _from(c.inner, c.index), node) for c in scope.contexts
+            obstacle(c.outer, c.call.node, _from(c.inner, c.index), node, drawn_once=once)
+            for c, once in zip(scope.contexts, drawn, strict=True)
         ]
         refused = next((rule for rule in why if rule is not None), None)
         if refused is None:
@@ -117,6 +120,21 @@ def _movable(scope: Scope, moved: Moved) -> _Movable:
         elif node in derived.candidates:
             moved.refusals[node] = refused
     return found
+
+
+def _is_drawn_once(context: Context, node: Node) -> bool:
+    """Whether the random numbers of a node are those of a ``cached()`` region around the call.
+
+    Then they are drawn once; in front of the call, if no others are drawn in its bodies, among
+    which they would have their turn.
+    """
+    mark = evaluation_mark(node)
+    if mark is None or mark[0] != region_mark(context.call.node):
+        return False
+    if not context.call.bodies[context.index].always:
+        return False
+    drawing = [n for table in context.inner for n, e in table.of.items() if e.random]
+    return all(n is node or (evaluation_mark(n) or mark)[1] == mark[1] for n in drawing)
 
 
 def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
@@ -287,6 +305,7 @@ def _copy_before(
                 copies[node] = _copy_attribute(gm, body.scope.gm, node)
                 continue
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+            distinguish(copies[node], call.node.name)
             evaluation = owner(node)
             if evaluation is not None:
                 moved.origins.setdefault(evaluation[1], {})[call.node] = (call.op, call.iterations)
@@ -322,7 +341,7 @@ def _enter_as_operand(group: list[_Movable], places: list[tuple[int, Node]]) -> 
         mine = [node for i, node in places if i == index]
         for node in mine:
             node.replace_all_uses_with(entered)
-        erase_unused(body.scope.gm, body.scope.tables[0], mine)
+        erase_unused(body.scope.gm, body.scope.tables[0], mine, moved=body.nodes)
 
 
 def _used_operands(context: Context) -> set[int]:

@@ -12,7 +12,7 @@ runs when the later one does.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
@@ -73,8 +73,10 @@ def _first_refusal(refusals: Iterable[Rule | None]) -> Rule | None:
     return next((rule for rule in refusals if rule is not None), None)
 
 
-def erase_unused(gm: GraphModule, table: EffectTable, nodes: Iterable[Node]) -> None:
-    """Erase nodes that nothing uses, then what they alone used.
+def erase_unused(
+    gm: GraphModule, table: EffectTable, nodes: Iterable[Node], moved: Container[Node] = ()
+) -> None:
+    """Erase nodes that nothing uses, then what they alone used; with effects only if ``moved``.
 
     Not ``Graph.eliminate_dead_code``: it takes ``add_`` and ``out=`` for pure.
     """
@@ -83,7 +85,7 @@ def erase_unused(gm: GraphModule, table: EffectTable, nodes: Iterable[Node]) -> 
         node = work.pop(0)
         if node.users or node._erased or node.op == "placeholder":
             continue
-        if node.op != "get_attr" and not table.of[node].pure:
+        if node.op != "get_attr" and not table.of[node].pure and node not in moved:
             continue
         inputs = node.all_input_nodes
         gm.graph.erase_node(node)

@@ -1,0 +1,160 @@
+"""Static ``cached()``: in a marked region, a parametrized tensor is evaluated once, with effects.
+
+Outside a region an evaluation that writes or draws random numbers is kept (rule 5). In one it is
+shared as the eager ``cached()`` shares it: the second evaluation of a chain is taken out whole,
+with what it writes and draws, if nothing but the first wrote what it reads since, nobody wrote to
+the value, and the modes are the same. It is compared with the first node by node; that it reads
+what the first left behind (a buffer assigned in forward) is no difference.
+
+A region around a loop holds for the loop's body: random numbers that an evaluation draws there are
+drawn in front of the loop (``motion``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.effects import EffectTable
+from fxparam.graph.evaluations import owner
+from fxparam.graph.legality import Rule, has_effects
+from fxparam.graph.marks import evaluation_mark, region_mark
+from fxparam.graph.nodes import value_of
+from fxparam.graph.numbering import key_of
+from fxparam.graph.scopes import Scope
+
+__all__ = ["Marked", "check_regions", "marked_evaluations", "share_regions"]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """One evaluation in a region.
+
+    Attributes:
+        region: where it may be shared.
+        chain: what it evaluates.
+        nodes: in order, mode switches included.
+    """
+
+    region: str
+    chain: str
+    nodes: tuple[Node, ...]
+
+
+def marked_evaluations(gm: GraphModule) -> list[Marked]:
+    """The evaluations in regions, in order."""
+    found: dict[tuple[str, str, str], list[Node]] = {}
+    for node in gm.graph.nodes:
+        mark = evaluation_mark(node) if node.op in ("call_function", "call_method") else None
+        if mark is not None:
+            found.setdefault(mark, []).append(node)
+    return [Marked(region, chain, tuple(nodes)) for (region, chain, _), nodes in found.items()]
+
+
+def share_regions(scope: Scope) -> set[Node]:
+    """Take repeated evaluations of a graph's regions out; the nodes that were."""
+    merged: set[Node] = set()
+    kept: dict[tuple[str, str], list[Marked]] = {}
+    for again in marked_evaluations(scope.gm):
+        firsts = kept.setdefault((again.region, again.chain), [])
+        for first in firsts:
+            if all(why_not(table, first, again) is None for table in scope.tables):
+                matches = _matches(scope.gm, first, again)
+                if matches is not None:
+                    for table in scope.tables:
+                        table.forget(again.nodes)
+                    _replace(scope.gm, again, matches)
+                    merged.update(again.nodes)
+                    break
+        else:
+            firsts.append(again)
+    return merged
+
+
+def why_not(table: EffectTable, first: Marked, again: Marked) -> Rule | None:
+    """The rule by which the eager ``cached()`` would evaluate again."""
+    if _modes_before(table, first) != _modes_before(table, again):
+        return Rule.MODES_DIFFER
+    end, start = table.position[first.nodes[-1]], table.position[again.nodes[0]]
+    reads = frozenset().union(*(table.of[node].reads for node in first.nodes))
+    if table.written(reads, end, start):
+        return Rule.ORIGINAL_WRITTEN  # or the value, which the last nodes read
+    values = frozenset().union(*(table.of[node].storages for node in first.nodes))
+    return Rule.VALUE_WRITTEN if table.written(values, end, start) else None
+
+
+def _modes_before(table: EffectTable, evaluation: Marked) -> Hashable:
+    return table.of[evaluation.nodes[0].prev].modes
+
+
+def _matches(gm: GraphModule, first: Marked, again: Marked) -> dict[Node, Node] | None:
+    """For each node of the later evaluation the one of the first that did the same."""
+    if len(first.nodes) != len(again.nodes):
+        return None
+    inside = set(first.nodes)
+    matches: dict[Node, Node] = {}
+    for one, other in zip(first.nodes, again.nodes, strict=True):
+        ones, others = one.all_input_nodes, other.all_input_nodes
+        if len(ones) != len(others):
+            return None
+        for a, b in zip(ones, others, strict=True):
+            # An input from outside is the same, or what the first evaluation put in its place.
+            left_behind = a not in inside and b in inside
+            if not (b is a or matches.get(b) is a or left_behind or _is_same_attribute(gm, a, b)):
+                return None
+        seats = range(len(ones))
+        if key_of(gm, one, dict(zip(ones, seats, strict=True))) != key_of(
+            gm, other, dict(zip(others, seats, strict=True))
+        ):
+            return None
+        matches[other] = one
+    return matches
+
+
+def _is_same_attribute(gm: GraphModule, a: Node, b: Node) -> bool:
+    if a.op != "get_attr" or b.op != "get_attr":
+        return False
+    return key_of(gm, a, {}) == key_of(gm, b, {})
+
+
+def _replace(gm: GraphModule, again: Marked, matches: Mapping[Node, Node]) -> None:
+    for node in reversed(again.nodes):
+        node.replace_all_uses_with(matches[node])
+        gm.graph.erase_node(node)
+
+
+def check_regions(scopes: list[Scope]) -> None:
+    """Refuse what the eager ``cached()`` would share and the pass could not.
+
+    Raises:
+        RuntimeError: an evaluation with effects is left in a body that its region encloses, and
+            would run again there or elsewhere in the region.
+    """
+    sites: Counter[tuple[str, str]] = Counter()
+    inside: list[tuple[Marked, bool]] = []
+    for scope in scopes:
+        for evaluation in marked_evaluations(scope.gm):
+            sites[evaluation.region, evaluation.chain] += 1
+            enclosing = [c for c in scope.contexts if region_mark(c.call.node) == evaluation.region]
+            effects = any(has_effects(t, n) for t in scope.tables for n in _calls(evaluation))
+            if enclosing and effects:
+                inside.append((evaluation, scope.looped or len(enclosing) > 1))
+    for evaluation, repeated in inside:
+        if repeated or sites[evaluation.region, evaluation.chain] > 1:
+            site = owner(evaluation.nodes[0])
+            raise RuntimeError(
+                "fxparam.cached() around a loop or branch that is compiled shares an evaluation "
+                "with effects only where they can be moved in front of it.\n"
+                f"required: {site[1] if site else 'the tensor'} is read before the loop or branch, "
+                "or its parametrizations write nothing\n"
+                "found: it is read inside alone, and its parametrizations write or draw random "
+                "numbers"
+            )
+
+
+def _calls(evaluation: Marked) -> list[Node]:
+    """The nodes of an evaluation, mode switches left out."""
+    return [node for node in evaluation.nodes if value_of(node) is not None]
