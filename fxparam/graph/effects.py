@@ -108,8 +108,14 @@ class EffectTable:
         self, storages: frozenset[int], after: float = -1, before: float = float("inf")
     ) -> bool:
         """Whether a node at a position in the open interval writes one of the storages."""
+        return self.writes(storages, after, before) > 0
+
+    def writes(
+        self, storages: frozenset[int], after: float = -1, before: float = float("inf")
+    ) -> int:
+        """How often nodes at positions in the open interval write the storages."""
         positions = itertools.chain(self.barriers, *(self.writers.get(s, ()) for s in storages))
-        return any(after < p < before for p in positions)
+        return sum(after < p < before for p in positions)
 
 
 def analyze(gm: GraphModule, *, grad_enabled: bool | None = None) -> EffectTable:

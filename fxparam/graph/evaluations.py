@@ -8,13 +8,21 @@ carry none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Evaluation", "evaluations", "owner", "sites_of"]
+from fxparam.graph.nodes import is_view
+
+if TYPE_CHECKING:
+    from fxparam.graph.derived import Derived
+    from fxparam.graph.scopes import Scope
+
+__all__ = ["Evaluation", "evaluations", "owner", "sites_of", "values"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,47 @@ def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
     return [Evaluation(name, tuple(nodes), runs) for (_, name), nodes in found.items()]
 
 
-def sites_of(graphs: Iterable[tuple[GraphModule, int | None]]) -> list[Evaluation]:
-    """Every evaluation in some graphs, given how many times each graph runs."""
-    return [site for gm, runs in graphs for site in evaluations(gm.graph, runs)]
+def values(gm: GraphModule, derived: Derived, runs: int | None = 1) -> list[Evaluation]:
+    """Parameter-derived values that no ``ParametrizationList`` computes and the rest reads."""
+    found = []
+    for node in gm.graph.nodes:
+        if node not in derived.candidates or owner(node) is not None or is_view(node):
+            continue
+        if any(user not in derived.nodes or is_view(user) for user in node.users):
+            found.append(Evaluation(_described(node), (node,), runs))
+    return found
+
+
+def sites_of(scopes: Iterable[Scope]) -> list[Evaluation]:
+    """Every evaluation in some graphs, of parametrized tensors and of others."""
+    found = []
+    for scope in scopes:
+        found += evaluations(scope.gm.graph, scope.runs)
+        found += values(scope.gm, scope.derived, scope.runs)
+    return found
+
+
+def _described(node: Node) -> str:
+    """``matrix_exp(p)`` for a value without a name of its own."""
+    inputs: dict[str, None] = {}
+    work, seen = [node], {node}
+    while work:
+        for argument in work.pop().all_input_nodes:
+            if argument in seen:
+                continue
+            seen.add(argument)
+            work.append(argument)
+            if argument.op in ("placeholder", "get_attr"):
+                inputs[_named(str(argument.target))] = None
+    op = getattr(node.target, "__name__", str(node.target))
+    return f"{op}({', '.join(sorted(inputs))})"
+
+
+def _named(placeholder: str) -> str:
+    """``l_self_modules_cell_parameters_weight_``, as Dynamo spells an input, as ``cell.weight``."""
+    name = re.sub(r"(?i)^l_[a-z]+_(?=modules_|parameters_|buffers_)", "", placeholder)
+    name = re.sub(r"_?(modules|parameters|buffers)_", ".", name)
+    return name.strip("._")
 
 
 def _readable(path: str) -> str:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
-from fxparam.graph.evaluations import Evaluation, sites_of
+from fxparam.graph.evaluations import Evaluation, evaluations, sites_of
 from fxparam.graph.legality import Rule
 from fxparam.graph.motion import Moved, move_out
 from fxparam.graph.nodes import body_of
@@ -60,7 +60,7 @@ def hoist(
         The graph module, what was shared and kept, and whether anything changed.
     """
     if not _may_share(gm):
-        found = sites_of([(gm, 1)])
+        found = evaluations(gm.graph)
         return HoistResult(gm, make_report(found, found, {}, {}, 0), False)
     merged, moved = 0, Moved()
     before: list[Evaluation] | None = None
@@ -68,7 +68,7 @@ def hoist(
     while True:
         scopes = scopes_of(gm, analyze(gm, grad_enabled=grad_enabled))
         if before is None:
-            before = sites_of([(s.gm, s.runs) for s in scopes])
+            before = sites_of(scopes)
         in_regions = {scope: share_regions(scope) for scope in scopes}
         shared = {scope: share(scope, max_bytes) for scope in scopes}
         step = move_out(scopes, shared, max_bytes)
@@ -86,7 +86,7 @@ def hoist(
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():
         refusals.update(result.refusals)
-    after = sites_of([(s.gm, s.runs) for s in scopes])
+    after = sites_of(scopes)
     report = make_report(before, after, refusals, moved.origins, merged + moved.values)
     for module in changed:
         module.graph.lint()

@@ -12,6 +12,7 @@ moves instead.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.bodies import Call, call_of
+from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, is_too_large, obstacle, runs_whenever_the_call_does
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
@@ -134,7 +136,8 @@ def _is_drawn_once(context: Context, node: Node) -> bool:
     if not context.call.bodies[context.index].always:
         return False
     drawing = [n for table in context.inner for n, e in table.of.items() if e.random]
-    return all(n is node or (evaluation_mark(n) or mark)[1] == mark[1] for n in drawing)
+    marks = [evaluation_mark(n) for n in drawing]
+    return all(m is not None and m[:2] == mark[:2] for m in marks)
 
 
 def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
@@ -169,12 +172,14 @@ class _Sites:
             if node not in body.nodes and node not in body.stays or node.op == "placeholder":
                 continue
             key = key_of(body.scope.gm, node, numbers)
-            first = self._outside(key, context, body.scope, node)
-            numbers[node] = first if first is not None else self._fresh.setdefault(key, object())
+            first: Hashable = self._outside(key, context)
+            if first is None:
+                first = self._fresh.setdefault((key, _state(context, node)), object())
+            numbers[node] = first
         return numbers
 
-    def _outside(self, key: Hashable, context: Context, body: Scope, node: Node) -> Node | None:
-        """A node of the graph around with the value that ``node`` has when the call runs."""
+    def _outside(self, key: Hashable, context: Context) -> Node | None:
+        """A node of the graph around that has the value of ``key`` when the call runs."""
         for first in self.shared.firsts.get(key, ()):
             if first.op == "get_attr":
                 return first
@@ -196,6 +201,13 @@ class _Sites:
 
     def is_repeated(self, number: Hashable) -> bool:
         return self.is_outside(number) or len(self._runs[number]) > 1
+
+
+def _state(context: Context, node: Node) -> Hashable:
+    """What else two calls must have in common for a node to have one value in both."""
+    reads = context.inner[context.index].of[node].reads
+    where = context.outer.position[context.call.node]
+    return context.outer.of[context.call.node].modes, context.outer.writes(reads, before=where)
 
 
 def _fresh_call(context: Context) -> Call:
@@ -263,9 +275,8 @@ def _stays_inside(
     scope = body.scope
     if node not in scope.derived.candidates or not isinstance(value_of(node), torch.Tensor):
         return True  # a constant of the user's, a number, a tuple
-    table = scope.tables[0]
-    if table.of[node].storages & table.of[node].reads:
-        return True  # a view
+    if _is_view(scope.tables[0], node):
+        return True
     repeated = False
     for context, numbers in zip(scope.contexts, body.numbers, strict=True):
         number = numbers[node]
@@ -281,6 +292,14 @@ def _stays_inside(
     if not repeated and not scope.looped:
         return Rule.ONE_USE
     return Rule.TOO_LARGE if is_too_large(node, max_bytes) else None
+
+
+def _is_view(table: EffectTable, node: Node) -> bool:
+    """Whether the value shows memory of an input of its op, or of the op it is one result of."""
+    op = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(op, Node) or isinstance(value_of(op), torch.Tensor):
+        op = node
+    return bool(table.of[node].storages & table.of[op].reads)
 
 
 def _copy_before(

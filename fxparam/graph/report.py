@@ -37,11 +37,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parametrized tensor.
+    """One parametrized tensor, or another value computed from parameters alone.
 
     Attributes:
-        name: its qualified name.
-        kind: the classes of its parametrizations, in order.
+        name: its qualified name; ``op(originals)`` for a value that has none.
+        kind: the classes of its parametrizations, in order; empty for a value without a name.
         accesses: evaluations in the graphs as captured, one per access in the source.
         evaluations: of those, the ones of which at least one operation is left.
         runs_before: evaluations in one run as captured, loops unrolled; None if not known.
@@ -66,7 +66,8 @@ class Report:
     """What one pass over one graph did.
 
     Attributes:
-        entries: one per parametrized tensor that the graph names.
+        entries: one per parametrized tensor that the graph names, and per other computed value that
+            is evaluated more than once.
         merged: operations that now use another's value, and values moved out of bodies, named or
             not.
     """
@@ -77,7 +78,8 @@ class Report:
     def __repr__(self) -> str:
         lines = [f"fxparam: {self.merged} operations shared"]
         for entry in self.entries:
-            lines.append(f"  {entry.name} ({' -> '.join(entry.kind)}): {_counts(entry)}")
+            kind = f" ({' -> '.join(entry.kind)})" if entry.kind else ""
+            lines.append(f"  {entry.name}{kind}: {_counts(entry)}")
             for op, iterations in entry.hoisted_from:
                 lines.append(f"    moved out of {op}{_times(iterations)}")
             for kept in entry.kept:
@@ -109,6 +111,9 @@ def make_report(
     entries = []
     for name in dict.fromkeys(e.name for e in before):
         mine = [e for e in before if e.name == name]
+        kind = _kind(mine[0])
+        if not kind and [e.runs for e in mine] == [1]:
+            continue  # a computed value without a name, evaluated once to begin with
         left = [e for e in after if e.name == name and not all(map(is_view, e.nodes))]
         kept: dict[Rule, list[Evaluation]] = {}
         # One evaluation is what sharing leaves; it is not one that was kept.
@@ -120,7 +125,7 @@ def make_report(
         entries.append(
             Entry(
                 name,
-                _kind(mine[0]),
+                kind,
                 len(mine),
                 len(left),
                 _total(mine),
