@@ -75,12 +75,12 @@ def hoist(
         for scope in scopes:
             count = len(in_regions[scope]) + len(shared[scope].merged)
             merged += count
-            if count or step.values:
+            if count or step.values or step.operands:
                 changed.add(scope.gm)
         for name, calls in step.origins.items():
             moved.origins.setdefault(name, {}).update(calls)
         moved.values += step.values
-        if not step.values:
+        if not (step.values or step.operands):
             break
     check_regions(scopes)
     refusals: dict[Node, Rule] = dict(step.refusals)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,13 @@ __all__ = ["Moved", "move_out"]
 class Moved:
     """Attributes:
     values: how many values left a body.
+    operands: how many operands turned out to be another one.
     refusals: nodes of bodies that were kept there, and why.
     origins: for each parametrized tensor, the calls it was moved out of: op and iterations.
     """
 
     values: int = 0
+    operands: int = 0
     refusals: dict[Node, Rule] = field(default_factory=dict)
     origins: dict[str, dict[Node, tuple[str, int | None]]] = field(default_factory=dict)
 
@@ -66,36 +68,43 @@ class _Movable:
 def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float) -> Moved:
     """One step of code motion, in every graph that has calls."""
     moved = Moved()
+    groups = list(_groups(scopes))
+    for group in groups:
+        moved.operands += _merge_operands(_calls(group))
     for parent in scopes:
-        bodies = [s for s in scopes if any(c.parent is parent for c in s.contexts)]
-        movable = {s: _movable(s, moved) for s in bodies if _is_run_by_one_graph(s)}
+        mine = [group for group in groups if group[0].contexts[0].parent is parent]
         sites = _Sites(parent, shared[parent])
-        for candidate in movable.values():
-            sites.add(candidate)
-        for group in _groups(movable):
-            _move_group(group, sites, moved, max_bytes)
+        movable = [[_movable(scope, moved) for scope in group] for group in mine]
+        for bodies in movable:
+            for body in bodies:
+                sites.add(body)
+        for bodies in movable:
+            _move_group(bodies, sites, moved, max_bytes)
     return moved
 
 
-def _is_run_by_one_graph(scope: Scope) -> bool:
-    """A body that two graphs run cannot get an operand from both at once."""
-    return len({context.parent for context in scope.contexts}) == 1
+def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
+    """Bodies that are run by the same calls and by no others, in the order of the arguments.
 
-
-def _groups(movable: dict[Scope, _Movable]) -> Iterable[list[_Movable]]:
-    """Bodies that are run by the same calls, in the order of the call's arguments."""
-    groups: dict[frozenset[Node], dict[int, _Movable]] = defaultdict(dict)
-    uses: dict[Scope, set[tuple[frozenset[Node], int]]] = defaultdict(set)
-    for scope, candidate in movable.items():
+    A body that is not in such a group cannot get an operand from all of its calls at once.
+    """
+    groups: dict[frozenset[Node], dict[int, Scope]] = defaultdict(dict)
+    places: dict[Scope, set[tuple[Scope, int]]] = defaultdict(set)
+    for scope in scopes:
         calls = frozenset(c.call.node for c in scope.contexts)
         for context in scope.contexts:
-            groups[calls][context.index] = candidate
-            uses[scope].add((calls, context.index))
+            groups[calls][context.index] = scope
+            places[scope].add((context.parent, context.index))
     for bodies in groups.values():
-        context = next(iter(bodies.values())).scope.contexts[0]
-        complete = len(bodies) == len(context.call.bodies)
-        if complete and all(len(uses[b.scope]) == 1 for b in bodies.values()):
-            yield [bodies[i] for i in sorted(bodies)]
+        group = [bodies[i] for i in sorted(bodies)]
+        alone = all(len(places[scope]) == 1 for scope in group)
+        if alone and len(group) == len(group[0].contexts[0].call.bodies):
+            yield group
+
+
+def _calls(group: list[Scope]) -> list[Context]:
+    """The calls of a group, each once."""
+    return list({context.call.node: context for context in group[0].contexts}.values())
 
 
 def _movable(scope: Scope, moved: Moved) -> _Movable:
@@ -227,7 +236,7 @@ def _move_group(group: list[_Movable], sites: _Sites, moved: Moved, max_bytes: f
             crossing[number].append((index, node))
     if not crossing:
         return
-    contexts = list({c.call.node: c for c in group[0].scope.contexts}.values())
+    contexts = _calls([body.scope for body in group])
     used = _used_operands(contexts[0])
     firsts = [places[0] for places in crossing.values()]
     for context in contexts:
@@ -361,6 +370,27 @@ def _enter_as_operand(group: list[_Movable], places: list[tuple[int, Node]]) -> 
         for node in mine:
             node.replace_all_uses_with(entered)
         erase_unused(body.scope.gm, body.scope.tables[0], mine, moved=body.nodes)
+
+
+def _merge_operands(contexts: list[Context]) -> int:
+    """Make operands one that are the same in each call; ops refuse operands that alias."""
+    calls = [_fresh_call(context) for context in contexts]
+    seats: dict[tuple[int, ...], int] = {}
+    doubled: dict[int, int] = {}
+    for i, column in enumerate(zip(*(call.operands for call in calls), strict=True)):
+        if all(isinstance(value, Node) for value in column):
+            first = seats.setdefault(tuple(map(id, column)), i)
+            if first != i:
+                doubled[i] = first
+    if not doubled:
+        return 0
+    skip = len(calls[0].varying)
+    for body in calls[0].bodies:
+        placeholders = body.placeholders[skip:]
+        for i, first in doubled.items():
+            placeholders[i].replace_all_uses_with(placeholders[first])
+    _drop_operands(contexts, set(doubled))
+    return len(doubled)
 
 
 def _used_operands(context: Context) -> set[int]:

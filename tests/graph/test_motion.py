@@ -211,3 +211,16 @@ def test_the_report_says_where_from() -> None:
     assert (entry.runs_before, entry.runs) == (5, 1)
     assert entry.hoisted_from == (("scan", 5),)
     assert "moved out of scan of 5 iterations" in repr(report)
+
+
+def _cond_of_cond(m: Cell, x: Tensor) -> Tensor:
+    def inner(h: Tensor) -> Tensor:
+        return torch.cond(h.sum() > 0, lambda h: h * 2, lambda h: m.step(h), (h,))
+
+    return torch.cond(x.sum() > 0, lambda h: m.step(inner(h)), lambda h: m.step(h) + 1, (x,))
+
+
+def test_a_value_that_arrives_twice_is_one_operand() -> None:
+    # Moved out of the inner branch it meets itself in the outer one, whose operand it is already.
+    counts, _ = _counted(_cond_of_cond, train=False)
+    assert counts == (1, 0)
