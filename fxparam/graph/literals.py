@@ -6,6 +6,7 @@ graph that divides by ``0.0`` is not one that divides by ``-0.0``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -25,4 +26,7 @@ def literal_key(value: Any) -> Hashable:
         return (type(value), value)
     if isinstance(value, (tuple, list)):
         return (type(value), tuple(map(literal_key, value)))
+    if isinstance(value, functools.partial):  # Dynamo makes a new one each time it meets it
+        bound = tuple((k, literal_key(v)) for k, v in sorted(value.keywords.items()))
+        return (functools.partial, literal_key(value.func), literal_key(value.args), bound)
     return ("object", id(value))

@@ -28,6 +28,7 @@ from fxparam.graph.legality import Rule, is_too_large, obstacle, runs_whenever_t
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
 from fxparam.graph.nodes import attribute_of, value_of
 from fxparam.graph.numbering import key_of
+from fxparam.graph.recompute import is_recomputed, recompute_as_before
 from fxparam.graph.scopes import Context, Scope
 from fxparam.graph.share import Shared, erase_unused
 
@@ -97,7 +98,7 @@ def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
             places[scope].add((context.parent, context.index))
     for bodies in groups.values():
         group = [bodies[i] for i in sorted(bodies)]
-        alone = all(len(places[scope]) == 1 for scope in group)
+        alone = all(len(places[s]) == 1 and not is_recomputed(s.gm) for s in group)
         if alone and len(group) == len(group[0].contexts[0].call.bodies):
             yield group
 
@@ -245,6 +246,7 @@ def _move_group(group: list[_Movable], sites: _Sites, moved: Moved, max_bytes: f
         for index, body in enumerate(group):
             wanted = [node for i, node in firsts if i == index]
             copies.update(_copy_before(call, index, body, wanted, moved))
+            recompute_as_before(call, body.scope.gm, wanted, copies)
         call.set_operands([*call.operands, *(copies[node] for _, node in firsts)])
     for places in crossing.values():
         _enter_as_operand(group, places)

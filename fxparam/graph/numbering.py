@@ -38,7 +38,7 @@ def _body_key(gm: GraphModule) -> Hashable:
         else:
             keys.append(key_of(gm, node, number) or id(node))
     # What else an op looks at in a body, as a checkpoint's policy.
-    return (tuple(keys), tuple(sorted((k, id(v)) for k, v in gm.meta.items())))
+    return (tuple(keys), tuple((k, literal_key(v)) for k, v in sorted(gm.meta.items())))
 
 
 def _key(value: Any, number: Mapping[Node, Hashable]) -> Hashable:

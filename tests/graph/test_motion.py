@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fxparam
 from tests import helpers
@@ -150,12 +155,19 @@ TRAINED = [
 
 
 def _counted(
-    body: Callable[..., Any], *, train: bool, inner: str = "aot_eager", **options: Any
+    body: Callable[..., Any],
+    *,
+    train: bool,
+    inner: str = "aot_eager",
+    then: nn.Module | None = None,
+    **options: Any,
 ) -> tuple[tuple[int, int], Any]:
     """Evaluations, forward and backward, of the compiled model, equal to eager; the report."""
     torch.compiler.reset()
     torch.manual_seed(0)
     model = Cell(body)
+    if then is not None:
+        parametrize.register_parametrization(model.cell, "weight", then)
     twin = copy.deepcopy(model)
     x = torch.randn(5, 3, dtype=torch.float64)
     fx = fxparam.backend(inner)
@@ -224,3 +236,34 @@ def test_a_value_that_arrives_twice_is_one_operand() -> None:
     # Moved out of the inner branch it meets itself in the outer one, whose operand it is already.
     counts, _ = _counted(_cond_of_cond, train=False)
     assert counts == (1, 0)
+
+
+def _policy(decision: Any) -> Callable[[], Any]:
+    def decide(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return decision if "matrix_exp" in str(op) or "count" in str(op) else PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, decide)
+
+
+PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
+RECOMPUTED = _policy(CheckpointPolicy.MUST_RECOMPUTE)
+SAVED = _policy(CheckpointPolicy.MUST_SAVE)
+
+
+def _selective(policy: Callable[[], Any]) -> Callable[..., Tensor]:
+    def body(m: Cell, x: Tensor) -> Tensor:
+        for _ in range(STEPS):
+            x = checkpoint(m.step, x, use_reentrant=False, context_fn=policy)
+        return x
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("policy", "forward"), [(RECOMPUTED, 2), (SAVED, 1)], ids=["recomputed", "saved"]
+)
+def test_a_selective_checkpoint_keeps_its_policy(policy: Any, forward: int) -> None:
+    # What the last step needs in backward is saved or recomputed, once for all the segments.
+    last = helpers.MatrixExponential()
+    counts, _ = _counted(_selective(policy), train=True, inner="inductor", then=last)
+    assert counts == (forward, 1)
