@@ -12,6 +12,7 @@ runs when the later one does.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -80,9 +81,9 @@ def erase_unused(
 
     Not ``Graph.eliminate_dead_code``: it takes ``add_`` and ``out=`` for pure.
     """
-    work = sorted(nodes, key=table.position.__getitem__, reverse=True)
+    work = deque(sorted(nodes, key=table.position.__getitem__, reverse=True))
     while work:
-        node = work.pop(0)
+        node = work.popleft()
         if node.users or node._erased or node.op == "placeholder":
             continue
         if node.op != "get_attr" and not table.of[node].pure and node not in moved:
