@@ -7,8 +7,9 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+N ?= 1000
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz interop clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +36,19 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz -n $(N) $(ARGS)
+
+# ExecuTorch and packages of models are large, hence have an environment of their own, with the same
+# torch.
+.venv-interop/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install -q -c constraints.txt -e '.[dev]' \
+		executorch==1.5.1 transformers==5.24.0 orthogonium==0.0.4
+	touch $@
+
+interop: .venv-interop/.installed
+	.venv-interop/bin/python -m pytest -q tests/interop $(ARGS)
+
 clean:
-	rm -rf .venv .venv-torch* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch* .venv-interop .pytest_cache .mypy_cache .ruff_cache

@@ -1,86 +1,203 @@
-"""Training-step time of an unrolled orthogonal RNN, each way to run it in multiples of the last.
+"""The benchmark suite: every way to run a model whose weights are computed, checked and measured.
 
-    python -m benchmarks [--steps T] [--rounds N]
-
-Contestants take turns in one run and medians are compared; gradients are checked against eager's
-before anything is timed.
+Each figure is shown as a multiple of the one of the source hoisted by hand, with the absolute
+beside it. Results are checked against eager before anything is timed; a contestant that fails
+shows its error instead of numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import statistics
+import contextlib
+import json
+import shlex
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+
+from benchmarks import contestants as ways
+from benchmarks.cases import CASES
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.environment import environment, in_a_line
+from benchmarks.plot import draw
+from benchmarks.programs import Setting
+from benchmarks.runner import Plan, run
+from benchmarks.table import print_rows, print_summary
+
+__all__ = ["main"]
 
 
-class Recurrent(nn.Module):
-    """``steps`` reads of an orthogonal weight; ``hoisted`` reads it once, before the loop."""
-
-    def __init__(self, steps: int, size: int = 128) -> None:
-        super().__init__()
-        self.steps, self.hoisted = steps, False
-        self.cell = parametrizations.orthogonal(nn.Linear(size, size))
-
-    def forward(self, h: Tensor) -> Tensor:
-        if self.hoisted:
-            weight = self.cell.weight
-            for _ in range(self.steps):
-                h = torch.tanh(nn.functional.linear(h, weight, self.cell.bias))
-        else:
-            for _ in range(self.steps):
-                h = torch.tanh(self.cell(h))
-        return h
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-def contestants(model: Recurrent) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Each with parameters of its own, equal to ``model``'s."""
-    built: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {}
-    for name, backend in (
-        ("eager", None),
-        ("eager, cached()", None),
-        ("Inductor", "inductor"),
-        ("fxparam", "fxparam"),
-        ("hoisted by hand, Inductor", "inductor"),
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--list", action="store_true", help="print cases and contestants, and stop")
+    add("--case", action="append", metavar="NAME", help="only this one; may be repeated")
+    add("--contestant", action="append", metavar="NAME", help="only this one; may be repeated")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", default="float32", help="float32, or bfloat16 for autocast to it")
+    add("--quick", action="store_true", help="few cases and contestants, the smallest sizes")
+    add("--grow", action="store_true", help="each case at three sizes")
+    add("--rounds", type=int, help="timed steps of each contestant (30; 10 with --quick)")
+    add("--probes", type=int, default=1, help="cold compilations of each, of which the median")
+    add(
+        "--limit", type=float, default=900, help="seconds a process has for each contestant it runs"
+    )
+    add("--output", type=Path, default=Path("fxparam-bench.json"), help="JSON; plots beside it")
+    add("--code", type=Path, metavar="FOLDER", help="keep the generated code there")
+    add("--show", type=Path, metavar="JSON", help="print and draw a recorded run, and stop")
+    return parser
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    """One line on what is wrong with the arguments, before minutes are spent on them."""
+    for option, given, known in (
+        ("--case", options.case or [], CASES),
+        ("--contestant", options.contestant or [], CONTESTANTS),
+        ("--device", [options.device], ("cpu", "cuda")),
+        ("--dtype", [options.dtype], ("float32", "bfloat16")),
     ):
-        twin = copy.deepcopy(model)
-        twin.hoisted = "by hand" in name
-        run: Callable[[Tensor], Tensor] = torch.compile(twin, backend=backend) if backend else twin
-        if "cached" in name:
-            run = parametrize.cached()(twin)
-        built[name] = (twin, run)
-    return built
+        for name in given:
+            if name not in known:
+                return f"{option} {name!r}: known are {', '.join(known)}"
+    for name in options.contestant or []:
+        reason = ways.unavailable(CONTESTANTS[name])
+        if reason is not None:
+            return f"--contestant {name}: {reason}"
+    for name, value in (("rounds", options.rounds), ("probes", options.probes)):
+        if value is not None and value < 1:
+            return f"--{name} {value}: at least 1"
+    if options.output.is_dir() or not options.output.resolve().parent.is_dir():
+        return f"--output {options.output}: not a file in a folder that exists"
+    if options.show is not None and not options.show.is_file():
+        return f"--show {options.show}: no such file"
+    return None
+
+
+def _print_list() -> None:
+    print("cases:")
+    for case in CASES.values():
+        print(f"  {case.name:26} {case.about}{' (quick)' if case.quick else ''}")
+    print("contestants:")
+    for each in CONTESTANTS.values():
+        reason = ways.unavailable(each)
+        note = f" ({reason})" if reason else " (quick)" if each.name in ways.QUICK else ""
+        print(f"  {each.name:26} {each.about}{note}")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    everything = [name for name, case in CASES.items() if case.quick or not options.quick]
+    return Plan(
+        cases=list(dict.fromkeys(options.case or everything)),
+        contestants=options.contestant or list(ways.QUICK if options.quick else CONTESTANTS),
+        setting=Setting(options.device, options.dtype),
+        quick=options.quick,
+        grow=options.grow,
+        rounds=options.rounds or (10 if options.quick else 30),
+        probes=options.probes,
+        limit=options.limit,
+        code=options.code,
+    )
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(width=max(150, Console().width))
+
+
+@contextlib.contextmanager
+def _progress(console: Any, total: int) -> Iterator[Callable[[str], None]]:
+    """What is measured now, and how much is left: a bar, or lines without rich or a terminal."""
+    done = 0
+    if console is None or not console.is_terminal:
+
+        def line(what: str) -> None:
+            nonlocal done
+            done += 1
+            print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    with Progress(*shown, console=console) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def advance(what: str) -> None:
+            nonlocal done
+            progress.update(task, completed=done, description=what)
+            done += 1
+
+        yield advance
+
+
+def _say(text: str, console: Any) -> None:
+    print(text) if console is None else console.print(text, markup=False, soft_wrap=True)
+
+
+def _finish(results: dict[str, Any], stem: Path, console: Any) -> None:
+    print_summary(results["rows"], console)
+    where = in_a_line(results["environment"])
+    _say(where, console)
+    for path in draw(results["rows"], where, stem):
+        _say(f"plot: {path}", console)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--steps", type=int, default=32, help="steps of the loop")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each contestant")
-    options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    model, x = Recurrent(options.steps), torch.randn(32, 128)
-    built = contestants(model)
-    for name, (twin, run) in built.items():
-        run(x).sum().backward()
-        for p, q in zip(twin.parameters(), built["eager"][0].parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3, msg=name)
-    times: dict[str, list[float]] = {name: [] for name in built}
-    for _ in range(options.rounds):
-        for name, (_, run) in built.items():
-            start = time.perf_counter()
-            run(x).sum().backward()
-            times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    limit = list(median.values())[-1]
-    for name, seconds in median.items():
-        print(f"{name:28} {1e3 * seconds:8.1f} ms {seconds / limit:6.2f}x")
+    """Returns the exit code: 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    problem = _problem(options)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 2
+    console = _console()
+    if options.list:
+        _print_list()
+        return 0
+    if options.show is not None:
+        recorded = json.loads(options.show.read_text())
+        for point in _points(recorded["rows"]):
+            print_rows(point, console)
+        _finish(recorded, options.show.with_suffix(""), console)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("skipped: this torch sees no CUDA device")
+        return 0
+    plan = _plan(options)
+    results: dict[str, Any] = {
+        "command": f"python -m benchmarks {shlex.join(arguments)}".rstrip(),
+        "environment": environment(options.device),
+        "dtype": options.dtype,
+        "rows": [],
+    }
+    with _progress(console, plan.jobs()) as tick:
+        for rows in run(plan, tick):
+            results["rows"] += rows
+            print_rows(rows, console)
+            # After each case: a long run that is cut off keeps what it has.
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
+    _finish(results, options.output.with_suffix(""), console)
+    _say(f"results: {options.output}", console)
     return 0
+
+
+def _points(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    points: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        points.setdefault((row["case"], row["value"]), []).append(row)
+    return list(points.values())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from fxparam.backend import Backend, backend
 from fxparam.compile import compile
-from fxparam.graph import HoistResult, Report, Rule, hoist
+from fxparam.export import export, fold
+from fxparam.graph import HoistResult, Report, Rule
+from fxparam.hoisting import hoist
 from fxparam.parametrize import (
     ParametrizationList,
     adopt,
@@ -13,6 +15,8 @@ from fxparam.parametrize import (
     type_before_parametrizations,
 )
 from fxparam.scopes import cached
+from fxparam.splitting import split
+from fxparam.tracing import Tracer, symbolic_trace
 
 __version__ = "0.1.0"
 
@@ -22,14 +26,19 @@ __all__ = [
     "ParametrizationList",
     "Report",
     "Rule",
+    "Tracer",
     "adopt",
     "backend",
     "cached",
     "compile",
+    "export",
+    "fold",
     "hoist",
     "is_parametrized",
     "register_parametrization",
     "remove_parametrizations",
+    "split",
+    "symbolic_trace",
     "transfer_parametrizations_and_params",
     "type_before_parametrizations",
 ]

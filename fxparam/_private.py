@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import sys
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,18 +30,29 @@ __all__ = [
     "allow_scalar_outputs",
     "annotate",
     "behind_proxy",
+    "clear_trace_marks",
+    "builtin_name",
+    "dynamo_export",
     "functorch_level",
     "inductor_with",
     "inside_functorch",
+    "is_composite",
+    "is_in_traced_generator",
     "is_opaque_reference",
     "is_parameter_or_buffer",
     "is_wrapper_subclass",
+    "rename",
+    "schemas_of",
+    "set_grad_enabled",
     "storage_identity",
     "trace_artifact",
     "trace_marks",
+    "trace_number",
     "traced_for",
     "tree_flatten",
+    "tree_flatten_with_path",
     "tree_map",
+    "tree_unflatten",
 ]
 
 
@@ -68,12 +81,48 @@ ShapeEnv: Any = _lookup("torch.fx.experimental.symbolic_shapes", "ShapeEnv")
 TorchDispatchMode: Any = _lookup("torch.utils._python_dispatch", "TorchDispatchMode")
 HigherOrderOperator: Any = _lookup("torch._ops", "HigherOrderOperator")
 tree_flatten: Any = _lookup("torch.utils._pytree", "tree_flatten")
+tree_flatten_with_path: Any = _lookup("torch.utils._pytree", "tree_flatten_with_path")
+tree_unflatten: Any = _lookup("torch.utils._pytree", "tree_unflatten")
 tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
 # Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
 # ops too.
 annotate: Any = _lookup("torch.fx.traceback", "annotate")
+# The node by which graphs switch the grad mode, whoever captured them.
+set_grad_enabled: Any = _lookup("torch._C", "_set_grad_enabled")
 _inductor_wrapper = _lookup("torch", "_TorchCompileInductorWrapper")
+_find_builtin = _lookup("torch.jit._builtins", "_find_builtin")
+_operator_schemas = _lookup("torch._C", "_jit_get_schemas_for_operator")
+_has_kernel = _lookup("torch._C", "_dispatch_has_kernel_for_dispatch_key")
 _is_wrapper_subclass = _lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+
+
+def builtin_name(function: object) -> str | None:
+    """The qualified name of the op that a function of torch's is, ``aten::linear``, or None."""
+    try:
+        name: str | None = _find_builtin(function)
+    except TypeError:  # not hashable
+        return None
+    return name
+
+
+@functools.cache
+def schemas_of(name: str) -> tuple[Any, ...]:
+    """The schemas of every overload of an op; empty for one that does not exist."""
+    return tuple(_operator_schemas(name))
+
+
+def is_composite(schema: Any) -> bool:
+    """Whether an overload is made of other ops, so that its schema may say less than it does."""
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    try:
+        return bool(_has_kernel(name, "CompositeImplicitAutograd"))
+    except RuntimeError:  # one of TorchScript's, on lists and numbers
+        return False
+
+
+def rename(node: torch.fx.Node, name: str) -> None:
+    """Give a node a name, with a number behind it if another node has it."""
+    node._rename(name)
 
 
 def active_modes() -> tuple[object, ...]:
@@ -96,7 +145,7 @@ def is_wrapper_subclass(tensor: object) -> bool:
     return bool(_is_wrapper_subclass(tensor))
 
 
-def storage_identity(tensor: torch.Tensor) -> tuple[object, object]:
+def storage_identity(tensor: Any) -> tuple[object, object]:
     """The storage behind ``tensor``, to be held so that none takes its place, and its number.
 
     ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse
@@ -132,6 +181,13 @@ def is_opaque_reference(value: object) -> bool:
     return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
 
 
+def clear_trace_marks(keys: Iterable[str]) -> None:
+    """Remove marks that a trace has left behind, as one does that was left out of order."""
+    marks = _lookup("torch.fx.traceback", "current_meta").get("custom") or {}
+    for key in keys:
+        marks.pop(key, None)
+
+
 def trace_marks() -> dict[str, Any]:
     """What the nodes that are being traced are marked with."""
     # Looked up each time: torch binds the name to another dictionary.
@@ -149,10 +205,44 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
+def trace_number() -> int:
+    """A number of its own for each time that Dynamo traces a frame; 0 while it traces none."""
+    output = _tracer_output()
+    if output is None:
+        return 0
+    number: int = output.__dict__.setdefault("_fxparam_trace", next(_trace_numbers))
+    return number
+
+
+_trace_numbers = itertools.count(1)
+
+
+def _tracer_output() -> Any:
+    translator = _lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
+    try:
+        return translator.current_tx().output
+    except AttributeError:  # nothing is being traced
+        return None
+
+
+def is_in_traced_generator(own: types.CodeType) -> bool:
+    """Whether Dynamo is tracing the code of a generator, other than ``own`` code.
+
+    Dynamo keeps what it is tracing on the Python stack, one interpreter's ``run`` in another's.
+    """
+    generator = _lookup("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
+    frame = sys._getframe()
+    while frame is not None:
+        traced = frame.f_locals.get("self") if frame.f_code.co_name == "run" else None
+        if isinstance(traced, generator) and traced.f_code is not own:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def traced_for() -> object:
     """The backend for which Dynamo is tracing, without the wrappers that torch puts around it."""
-    tracer = _lookup("torch._dynamo.symbolic_convert", "InstructionTranslator").current_tx()
-    backend = tracer.output.compiler_fn
+    backend = _tracer_output().compiler_fn
     seen: list[object] = []
     while backend is not None and backend not in seen:
         seen.append(backend)
@@ -160,6 +250,14 @@ def traced_for() -> object:
         inner = inner or getattr(backend, "compiler_fn", None)
         backend = inner or backend
     return seen[-1] if seen else None
+
+
+def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
+    """One call of ``root`` as a graph of torch operations, which reads tensors as attributes."""
+    # Every call traces anew. That is no recompilation to be limited.
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
+    with _lookup("torch._dynamo", "config").patch(limits):
+        return _lookup("torch._dynamo", "export")(root)(*args).graph_module
 
 
 def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:

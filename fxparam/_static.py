@@ -11,6 +11,7 @@ The functions here run while Dynamo traces and give it constants.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -21,10 +22,13 @@ from torch.nn import Module
 from fxparam import _private
 from fxparam.graph.marks import EVALUATION, REGION
 
-__all__ = ["evaluation_of", "region"]
+__all__ = ["UNTRACEABLE", "evaluation_of", "is_innermost", "is_open", "region"]
 
 F = TypeVar("F", bound=Callable[..., object])
 _numbers = itertools.count()
+
+#: In place of a mark: this evaluation cannot be told from others by one.
+UNTRACEABLE = "untraceable"
 
 
 def _constant(function: F) -> F:
@@ -35,20 +39,50 @@ def _constant(function: F) -> F:
 def region() -> str:
     """The mark of a region that begins here: that of the one around it, if there is one.
 
-    Empty where the backend would not understand it.
+    Empty where marks do not do: for other backends, and in generators, which may be left at any
+    time, with their regions, and which Dynamo does not close when they are.
     """
+    from fxparam import scopes
     from fxparam.backend import Backend
 
-    if not isinstance(_private.traced_for(), Backend):
+    own = inspect.unwrap(scopes.cached).__code__
+    if not isinstance(_private.traced_for(), Backend) or _private.is_in_traced_generator(own):
         return ""
-    around: str = _private.trace_marks().get(REGION, "")
-    return around or f"region {next(_numbers)}"
+    return _present(REGION) or f"{_private.trace_number()}.{next(_numbers)}"
 
 
 @_constant
-def evaluation_of(chain: Module) -> str:
-    """The mark of one evaluation of ``chain``; empty outside a region and in another evaluation."""
-    marks = _private.trace_marks()
-    if REGION not in marks or EVALUATION in marks:
+def is_open() -> bool:
+    """Whether a region is around what is being traced."""
+    return bool(_present(REGION))
+
+
+@_constant
+def is_innermost(mark: str) -> bool:
+    """Whether the region of ``mark`` may end now: it, or one in it, began last."""
+    return _present(REGION) == mark
+
+
+@_constant
+def evaluation_of(chain: Module, training: str) -> str:
+    """The mark of one evaluation of ``chain``; empty outside a region and in another evaluation.
+
+    Args:
+        chain: a ``ParametrizationList``.
+        training: the training modes of its modules, which Dynamo follows and only traced code
+            sees as they are.
+
+    Inside a transform of ``torch.func`` the eager region hands out values of the code around it,
+    which code on another level of the transform cannot be shown to do.
+    """
+    if not _present(REGION) or _present(EVALUATION):
         return ""
-    return f"{id(chain)} {next(_numbers)}"
+    if _private.inside_functorch():
+        return UNTRACEABLE
+    return f"{_private.trace_number()}.{id(chain)} {training} {next(_numbers)}"
+
+
+def _present(key: str) -> str:
+    """A mark of the present trace; earlier ones may have left theirs behind."""
+    mark: str = _private.trace_marks().get(key, "")
+    return mark if mark.startswith(f"{_private.trace_number()}.") else ""

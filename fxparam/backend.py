@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxparam._private import allow_scalar_outputs, inductor_with, trace_artifact
+from fxparam._private import (
+    allow_scalar_outputs,
+    clear_trace_marks,
+    inductor_with,
+    trace_artifact,
+    trace_number,
+)
 from fxparam.graph import Report, hoist, save_reads_of_overwritten_inputs
+from fxparam.graph.marks import EVALUATION, REGION, drop_marks_of_other_traces
 from fxparam.graph.nodes import value_of
 
 __all__ = ["Backend", "backend", "default"]
@@ -60,6 +67,8 @@ class Backend:
         backend, over those given to :func:`backend`.
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        drop_marks_of_other_traces(gm, trace_number())
+        clear_trace_marks((REGION, EVALUATION))
         # Dynamo restores the frame's own grad mode before it calls a backend.
         result = hoist(gm, grad_enabled=torch.is_grad_enabled(), max_bytes=self._max_bytes)
         report = result.report

@@ -56,6 +56,11 @@ def _leave(entered: tuple[_context.Region, object]) -> None:
             _context.region_variable.reset(token)  # type: ignore[arg-type]
 
 
+@_untraced
+def _out_of_order() -> None:
+    """Regions that do not end in the order they began leave the graph: marks are a stack."""
+
+
 @contextmanager
 def cached() -> Iterator[None]:
     """Share the value of every parametrized tensor in a ``with`` block (or decorated function).
@@ -103,6 +108,8 @@ def cached() -> Iterator[None]:
     if mark and not _context.active:
         with _private.annotate({REGION: mark}):
             yield
+            if not _static.is_innermost(mark):
+                _out_of_order()
         return
     entered = _enter()
     try:
@@ -176,11 +183,27 @@ def read(chain: Module) -> Tensor:
     return value
 
 
+def _training_modes(module: Module) -> str:
+    """The training modes of a module and its submodules.
+
+    Not by ``Module.modules()``, which Dynamo does not trace on a module that was changed.
+    """
+    modes = "t" if module.training else "e"
+    for child in module._modules.values():
+        if child is not None:
+            modes += _training_modes(child)
+    return modes
+
+
 def evaluate(chain: Module) -> Tensor:
     """The value of ``chain``, marked as one evaluation where a region is being compiled."""
-    mark = _static.evaluation_of(chain)
+    if not _static.is_open():
+        return chain()  # type: ignore[no-any-return]
+    mark = _static.evaluation_of(chain, _training_modes(chain))
     if not mark:
         return chain()  # type: ignore[no-any-return]
+    if mark == _static.UNTRACEABLE:
+        return read(chain)
     with _private.annotate({EVALUATION: mark}):
         return chain()  # type: ignore[no-any-return]
 

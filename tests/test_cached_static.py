@@ -130,6 +130,23 @@ def _region_in_a_checkpoint(m: Model, x: Tensor) -> Tensor:
     return checkpoint(run, checkpoint(run, x, use_reentrant=False), use_reentrant=False)
 
 
+def _evaluated_again_after_eval(m: Model, x: Tensor) -> Tensor:
+    # The region keeps one value for the same originals: the last one.
+    with fxparam.cached():
+        y = m.cell(x)
+        m.cell.eval()
+        y = y + m.cell(x)
+        m.cell.train()
+        return y + m.cell(x)
+
+
+def _with_a_hook(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        w = m.cell.weight
+        w.register_hook(lambda grad: grad * 2)
+        return nn.functional.linear(x, w) + m.cell(x)
+
+
 # How many evaluations are left in the graph.
 BODIES: dict[Callable[..., Any], int] = {
     _loop: 1,
@@ -159,7 +176,11 @@ def _steps(model: nn.Module, run: Callable[..., Any], x: Tensor) -> Iterator[lis
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("body", [*BODIES, _value_written], ids=lambda body: body.__name__)
+@pytest.mark.parametrize(
+    "body",
+    [*BODIES, _value_written, _evaluated_again_after_eval, _with_a_hook],
+    ids=lambda body: body.__name__,
+)
 def test_equals_eager_in_one_graph(body: Callable[..., Any], wrap: str) -> None:
     if body is _value_written and wrap == "random mask":
         pytest.skip("AOTAutograd drops the numbers drawn for a value that is only written")
@@ -283,3 +304,59 @@ def test_torchs_own_cached_keeps_working() -> None:
         x = torch.randn(2, 3, dtype=torch.float64)
         compiled = torch.compile(m, backend=fxparam.backend("aot_eager"), fullgraph=True)
         assert_close(compiled(x), m(x))
+
+
+def _left_by_break(m: Model, x: Tensor) -> Tensor:
+    def layers() -> Iterator[Tensor]:
+        with fxparam.cached():
+            yield m.cell.weight
+            yield m.cell.weight
+
+    for weight in layers():
+        x = x @ weight
+        break
+    return m.cell(m.cell(x))
+
+
+def _interleaved(m: Model, x: Tensor) -> Tensor:
+    def layers() -> Iterator[Tensor]:
+        with fxparam.cached():
+            for _ in range(3):
+                yield m.cell.weight
+
+    for one, other in zip(layers(), layers(), strict=True):
+        x = x @ one + x @ other
+    return m.cell(m.cell(x))
+
+
+def _under_vmap(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        y = m.cell(x)
+        return y + torch.vmap(m.cell)(x)
+
+
+def _in_a_gradient(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        y = m.cell(x)
+        return y + torch.func.grad(lambda t: m.cell(t).square().sum())(x)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(
+    "body",
+    [_left_by_break, _interleaved, _under_vmap, _in_a_gradient],
+    ids=lambda body: body.__name__,
+)
+def test_what_marks_cannot_tell_is_left_to_eager_code(body: Callable[..., Any], wrap: str) -> None:
+    model = Model(wrap, body)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
+    x = torch.randn(3, 3, dtype=torch.float64)
+    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
+        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    # Nor does it leave anything to later code.
+    model, twin = (Model(wrap, _two_regions) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
+        assert_close(actual, expected, rtol=1e-12, atol=1e-12)

@@ -46,6 +46,7 @@ _LAYOUTS = {
     "map_impl": _Layout(bodies=(0,), varying=(1,), operands=2),
     "while_loop": _Layout(bodies=(0, 1), varying=(2,), operands=3, always=(0,)),
     "cond": _Layout(bodies=(1, 2), varying=(), operands=3, branches=True),
+    "wrap_with_set_grad_enabled": _Layout((1,), (), operands=2, spread=True, always=(1,)),
     "wrap": _Layout(bodies=(0,), varying=(), operands=1, spread=True, always=(0,)),
     "tag_activation_checkpoint": _Layout((0,), (), operands=1, spread=True, always=(0,)),
     "invoke_subgraph": _Layout((0,), (), operands=2, spread=True, always=(0,)),
@@ -137,7 +138,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _iterations(name: str, node: Node) -> int | None:
     """Runs of a body that loops over the leading dimension of its slices."""
     if name not in ("scan", "map_impl"):
-        return 1 if name in ("wrap", "tag_activation_checkpoint", "invoke_subgraph") else None
+        return 1 if _LAYOUTS[name].spread else None
     slices = list(_leaves(node.args[2 if name == "scan" else 1]))
     value = value_of(slices[0]) if slices and isinstance(slices[0], Node) else None
     if not isinstance(value, torch.Tensor) or value.dim() == 0:

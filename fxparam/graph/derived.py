@@ -17,7 +17,10 @@ from fxparam._private import is_parameter_or_buffer
 from fxparam.graph.evaluations import owner
 from fxparam.graph.nodes import value_of
 
-__all__ = ["Derived", "derive", "is_parameter"]
+__all__ = ["PARAMETER", "Derived", "derive", "is_parameter"]
+
+#: Key of a placeholder's metadata: the name of the parameter or buffer that export says it is.
+PARAMETER = "fxparam.parameter"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Derived:
 
 def is_parameter(node: Node) -> bool:
     """Whether a placeholder of the outermost graph is a parameter or a buffer."""
-    return is_parameter_or_buffer(node.meta) or isinstance(value_of(node), torch.nn.Parameter)
+    if PARAMETER in node.meta or is_parameter_or_buffer(node.meta):
+        return True
+    return isinstance(value_of(node), torch.nn.Parameter)
 
 
 def derive(gm: GraphModule, inputs: Iterable[Node]) -> Derived:

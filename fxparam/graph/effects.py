@@ -14,6 +14,7 @@ Python function that is not torch's may reach anything and is taken to write eve
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.modes import ModeStack
 from fxparam.graph.nodes import attribute_of, body_of, tensors_in, value_of
 from fxparam.graph.ops import UNKNOWN, OpEffects, Ops, is_torch, storage_of
+from fxparam.graph.schemas import is_confined, may_alias, writes_nothing
 
 __all__ = ["EffectTable", "Effects", "analyze"]
 
@@ -114,8 +116,8 @@ class EffectTable:
         self, storages: frozenset[int], after: float = -1, before: float = float("inf")
     ) -> int:
         """How often nodes at positions in the open interval write the storages."""
-        positions = itertools.chain(self.barriers, *(self.writers.get(s, ()) for s in storages))
-        return sum(after < p < before for p in positions)
+        ordered = (self.barriers, *(self.writers.get(s, ()) for s in storages))
+        return sum(max(0, bisect_left(p, before) - bisect_right(p, after)) for p in ordered)
 
 
 def analyze(gm: GraphModule, *, grad_enabled: bool | None = None) -> EffectTable:
@@ -187,6 +189,8 @@ class _Analysis:
             return self._effects(flat, known=False, writes_all=not is_torch(node))
         count = len(tensors_in(value_of(node)))
         every = (flat | {next(self.numbers.fresh)},) * max(1, count)
+        if node.op == "call_module" and is_confined(self.gm, node):
+            return self._module(node, flat)
         if not is_torch(node):
             return self._effects(
                 flat, every, writes=flat, random=True, known=False, writes_all=True
@@ -195,17 +199,31 @@ class _Analysis:
         if call is not None and value_of(node) is not None:
             return self._call(call, flat, count)
         op = self._op(node)
+        if not op.known and value_of(node) is None and writes_nothing(node):
+            values = every if may_alias(node) else (every[0] - flat,)
+            return self._effects(flat, values, random=True, known=False, raises=True)
         if not op.known or len(op.outputs) != count:
             return self._effects(flat, every, writes=flat, random=True, known=False, raises=True)
         tokens: dict[int | None, int] = {}
-        values = []
+        owned = []
         for aliases, fresh in op.outputs:
             if fresh is not None and fresh not in tokens:
                 tokens[fresh] = next(self.numbers.fresh)
             own = {tokens[fresh]} if fresh is not None else set()
-            values.append(frozenset().union(own, *(leaves[i] for i in aliases)))
+            owned.append(frozenset().union(own, *(leaves[i] for i in aliases)))
         writes = frozenset().union(*(leaves[i] for i in op.writes))
-        return self._effects(flat, tuple(values), writes, random=op.random, raises=op.raises)
+        return self._effects(flat, tuple(owned), writes, random=op.random, raises=op.raises)
+
+    def _module(self, node: Node, flat: frozenset[int]) -> Effects:
+        """The worst that a module of torch's can do: to its arguments and to its own tensors."""
+        module: Any = attribute_of(self.gm, node)
+        own = frozenset(map(self.numbers.of, (*module.parameters(), *module.buffers())))
+        values = (flat | own | {next(self.numbers.fresh)},) * max(
+            1, len(tensors_in(value_of(node)))
+        )
+        return self._effects(
+            flat | own, values, writes=flat | own, random=True, known=False, raises=True
+        )
 
     def _effects(
         self,
@@ -250,6 +268,8 @@ class _Analysis:
             varying = [self._storages(v) | {next(self.numbers.fresh)} for v in call.varying]
             inputs = varying + [self._storages(v) for v in call.operands]
             modes = self.modes.fork()
+            if call.op == "wrap_with_set_grad_enabled":
+                modes.set_grad(call.node.args[0])
             tables.append(_Analysis(body.module, modes, self.numbers, inputs).run())
         self.table.calls[call.node] = (call, tuple(tables))
         inside = [e for table in tables for e in table.of.values()]
@@ -294,11 +314,15 @@ class _Analysis:
         every = frozenset(range(leaves))
         inputs = [e.storages for t in tables for n, e in t.of.items() if n.op == "placeholder"]
         writes = any(e.writes & s for e in effects for s in inputs)
-        passes = any(t.escaping & s for t in tables for s in inputs)
-        outputs = tuple(
-            (every if passes or writes else frozenset(), k)
-            for k in range(len(tensors_in(value_of(node))))
+        count = len(tensors_in(value_of(node)))
+        # After its results a Function's forward returns what it saves, and its backward is not run.
+        results = (
+            [tables[0].outputs[:count]]
+            if name == "autograd_function_apply"
+            else [t.outputs for t in tables]
         )
+        passes = any(storages & s for found in results for storages in found for s in inputs)
+        outputs = tuple((every if passes or writes else frozenset(), k) for k in range(count))
         return OpEffects(
             every if writes else frozenset(),
             any(e.random for e in effects),

@@ -43,9 +43,16 @@ class Evaluation:
 def owner(node: Node) -> tuple[str, str] | None:
     """The outermost ``ParametrizationList`` a node was traced in: its call and its name."""
     for call, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-        if isinstance(kind, type) and issubclass(kind, ParametrizationList):
+        if _is_list(kind):
             return call, _readable(path)
     return None
+
+
+def _is_list(kind: type | str) -> bool:
+    """Whether a module stack's entry is a ``ParametrizationList``: export keeps classes by name."""
+    if isinstance(kind, str):
+        return kind.rpartition(".")[2] == ParametrizationList.__name__
+    return issubclass(kind, ParametrizationList)
 
 
 def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
@@ -103,6 +110,7 @@ def _named(placeholder: str) -> str:
 
 def _readable(path: str) -> str:
     """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
-    path = path.replace("parametrizations.", "")
+    # Strict export wraps the model, and unwraps the names but for those in bodies.
+    path = path.replace("parametrizations.", "").removeprefix("_export_root.")
     _, bracket, rest = path.partition("'].")
     return rest if bracket else path

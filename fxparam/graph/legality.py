@@ -13,9 +13,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Node
 
+from fxparam.graph.additive import is_backward_additive
 from fxparam.graph.effects import EffectTable
+from fxparam.graph.modes import grad_may_be_enabled
 from fxparam.graph.nodes import tensors_in, value_of
 
 __all__ = ["Rule", "obstacle", "refusal"]
@@ -25,13 +28,16 @@ class Rule(enum.Enum):
     """Why an evaluation is kept."""
 
     ORIGINAL_WRITTEN = "an original is written between the two accesses (rule 2)"
+    WRITTEN_AROUND = "an original is written in the graph, and backward may evaluate again (rule 2)"
     VALUE_WRITTEN = "the value is written in place (rule 3)"
     VALUE_ESCAPES = "the value leaves the graph, where it may be written in place (rule 3)"
+    NOT_ADDITIVE = "a custom backward is not known to be additive in the gradient (rule 1)"
     MODES_DIFFER = "grad, autocast or functorch modes differ (rule 4)"
     RANDOM = "the evaluation draws random numbers (rule 5)"
     WRITES = "the evaluation writes in place (rule 5)"
     UNKNOWN = "the effects of an operation are not known (rule 5)"
     MAY_NOT_RUN = "the body may not run, and the program would not have evaluated it (rule 6)"
+    REDUCED = "the gradient would be summed over the steps in reduced precision (profitability)"
     TOO_LARGE = "the value has more than max_bytes bytes (profitability)"
     ONE_USE = "nothing else uses the value, and the body runs once (profitability)"
 
@@ -43,6 +49,8 @@ def refusal(
     impure = has_effects(table, again)
     if impure is not None:
         return impure
+    if not has_one_backward_for_all(table, again):
+        return Rule.NOT_ADDITIVE
     if not runs_under_the_same_modes(table, first, again):
         return Rule.MODES_DIFFER
     if is_an_input_written_between(table, first, again):
@@ -75,13 +83,17 @@ def obstacle(
     impure = has_effects(table, node)
     if impure is not None and not (impure is Rule.RANDOM and drawn_once):
         return impure
-    if table.of[node].modes != outer.of[call].modes:
+    if not has_one_backward_for_all(table, node):
+        return Rule.NOT_ADDITIVE
+    if not runs_under_the_modes_of_the_call(outer, call, table, node):
         return Rule.MODES_DIFFER
     if any(is_an_input_written_inside(body, table, node) for body in inner):
         return Rule.ORIGINAL_WRITTEN
+    if is_an_input_written_around(outer, call, table, node):
+        return Rule.WRITTEN_AROUND
     if any(is_the_value_written_inside(body, table, node) for body in inner):
         return Rule.VALUE_WRITTEN
-    if table.of[node].storages & table.escaping:
+    if does_the_value_leave_the_body(table, node):
         return Rule.VALUE_ESCAPES
     return None
 
@@ -94,6 +106,11 @@ def has_effects(table: EffectTable, node: Node) -> Rule | None:
     if effects.writes or effects.writes_all:
         return Rule.WRITES
     return Rule.RANDOM if effects.random else None
+
+
+def has_one_backward_for_all(table: EffectTable, node: Node) -> bool:
+    """Rule 1 for backward: is the backward of a sum of gradients the sum of their backwards?"""
+    return not grad_may_be_enabled(table.of[node].modes) or is_backward_additive(node)
 
 
 def runs_under_the_same_modes(table: EffectTable, first: Node, again: Node) -> bool:
@@ -128,9 +145,34 @@ def is_an_input_written_inside(body: EffectTable, table: EffectTable, node: Node
     return body.written(table.of[node].reads)
 
 
+def is_an_input_written_around(
+    outer: EffectTable, call: Node, table: EffectTable, node: Node
+) -> bool:
+    """Rule 2 for what backward runs again: would it read something else then?
+
+    A checkpointed region is run again in backward, in eager code too, and reads originals as they
+    are by then; outside the region the value would be the one of forward. And a partitioner may
+    recompute in backward, from an input that the graph overwrites (``graph/saving.py``), what it
+    cannot while it is in a body.
+    """
+    return outer.written(table.of[node].reads)
+
+
 def is_the_value_written_inside(body: EffectTable, table: EffectTable, node: Node) -> bool:
     """Rule 3 for a loop: a later run of the body would find the value changed."""
     return body.written(table.of[node].storages)
+
+
+def runs_under_the_modes_of_the_call(
+    outer: EffectTable, call: Node, table: EffectTable, node: Node
+) -> bool:
+    """Rule 4 for a body."""
+    return table.of[node].modes == outer.of[call].modes
+
+
+def does_the_value_leave_the_body(table: EffectTable, node: Node) -> bool:
+    """Rule 3 for a body: each run returned a tensor of its own, which the caller may write to."""
+    return bool(table.of[node].storages & table.escaping)
 
 
 def runs_whenever_the_call_does(
@@ -156,3 +198,16 @@ def is_too_large(node: Node, max_bytes: float) -> bool:
     if max_bytes == float("inf"):
         return False
     return sum(t.numel() * t.element_size() for t in tensors_in(value_of(node))) > max_bytes
+
+
+def is_its_gradient_summed_in_reduced_precision(op: str, node: Node) -> bool:
+    """Would a loop sum the value's gradient, step by step, in bfloat16 or float16?
+
+    Eager code sums there too, but each step's gradient has gone back to the originals, which are
+    float32 under autocast. And torch 2.13's Inductor gets the sum wrong (by 70 % for a bfloat16
+    matrix that enters a ``scan`` under autocast, computed by hand outside as well). What the value
+    is computed from in full precision is moved out all the same.
+    """
+    value = value_of(node)
+    reduced = value.dtype in (torch.bfloat16, torch.float16)
+    return op in ("scan", "associative_scan", "map_impl") and reduced and value.requires_grad

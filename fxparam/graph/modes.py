@@ -27,7 +27,12 @@ _PAIRS = {
 }
 # These two name the whole mode in their arguments; a functorch level is a new one each time.
 _BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
-_NEUTRAL = {"lazy_load_decompositions"}
+_NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
+
+
+def grad_may_be_enabled(key: Hashable) -> bool:
+    """Whether autograd may record what runs under the modes of a ``ModeStack``'s key."""
+    return not isinstance(key, tuple) or key[1] is not False
 
 
 class ModeStack:
@@ -38,6 +43,8 @@ class ModeStack:
         self._base: Hashable = "entry"
         self._grad: Hashable = grad_enabled
         self._entered: list[tuple[str, Hashable]] = []
+        self._taken: set[Node] = set()
+        self._asked: dict[Node, Hashable] = {}  # the grad mode that a node answered
 
     def fork(self) -> ModeStack:
         """The modes in force here, to be followed into a body."""
@@ -52,11 +59,14 @@ class ModeStack:
 
     def enter(self, node: Node) -> bool:
         """Take a mode switch; False if the node is none."""
-        if not _is_switch(node):
+        if not _is_switch(node, self._taken):
             return False
+        self._taken.add(node)
         name = getattr(node.target, "__name__", str(node.target))
         if name == "_set_grad_enabled":
-            self._grad = node.args[0] if isinstance(node.args[0], bool) else next(self._fresh)
+            self.set_grad(node.args[0])
+        elif name == "is_grad_enabled":
+            self._asked[node] = self._grad
         elif name in _PAIRS:
             by_value = name in _BY_VALUE
             self._entered.append((name, literal_key(node.args) if by_value else next(self._fresh)))
@@ -66,8 +76,15 @@ class ModeStack:
             self._base = next(self._fresh)
         return True
 
+    def set_grad(self, mode: object) -> None:
+        """The grad mode becomes what a literal names, or what it was where it was asked for."""
+        if isinstance(mode, Node) and mode in self._asked:
+            self._grad = self._asked[mode]
+        else:
+            self._grad = mode if isinstance(mode, bool) else next(self._fresh)
 
-def _is_switch(node: Node) -> bool:
+
+def _is_switch(node: Node, switches: set[Node]) -> bool:
     """A call that neither takes nor returns a tensor or a number."""
     if node.op not in ("call_function", "call_method"):
         return False
@@ -76,10 +93,10 @@ def _is_switch(node: Node) -> bool:
         return False
     leaves = [leaf for value in values for leaf in tree_flatten(value)[0] if leaf is not None]
     sized = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
-    known = all(_is_switch_or_valued(a) for a in node.all_input_nodes)
+    # In a graph without metadata every node would look like a switch.
+    known = all(a in switches or _is_valued(a) for a in node.all_input_nodes)
     return known and not any(isinstance(leaf, sized) for leaf in leaves)
 
 
-def _is_switch_or_valued(node: Node) -> bool:
-    # In a graph without metadata every node would look like a switch.
-    return "example_value" in node.meta or "val" in node.meta or node.op == "call_function"
+def _is_valued(node: Node) -> bool:
+    return "example_value" in node.meta or "val" in node.meta

@@ -24,7 +24,13 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
-from fxparam.graph.legality import Rule, is_too_large, obstacle, runs_whenever_the_call_does
+from fxparam.graph.legality import (
+    Rule,
+    is_its_gradient_summed_in_reduced_precision,
+    is_too_large,
+    obstacle,
+    runs_whenever_the_call_does,
+)
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
 from fxparam.graph.nodes import attribute_of, value_of
 from fxparam.graph.numbering import key_of
@@ -299,6 +305,8 @@ def _stays_inside(
             on_every_path=sites.is_outside(number) or sites.on_every_path(number, context),
         ):
             return Rule.MAY_NOT_RUN
+        if is_its_gradient_summed_in_reduced_precision(context.call.op, node):
+            return Rule.REDUCED
         repeated |= context.loops or sites.is_repeated(number)
     if not repeated and not scope.looped:
         return Rule.ONE_USE

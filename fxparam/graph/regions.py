@@ -29,6 +29,9 @@ from fxparam.graph.scopes import Scope
 __all__ = ["Marked", "check_regions", "marked_evaluations", "share_regions"]
 
 
+_HOOKS = {"register_hook", "retain_grad"}
+
+
 @dataclass(frozen=True)
 class Marked:
     """One evaluation in a region.
@@ -36,22 +39,24 @@ class Marked:
     Attributes:
         region: where it may be shared.
         chain: what it evaluates.
+        training: the training modes of its modules.
         nodes: in order, mode switches included.
     """
 
     region: str
     chain: str
+    training: str
     nodes: tuple[Node, ...]
 
 
 def marked_evaluations(gm: GraphModule) -> list[Marked]:
     """The evaluations in regions, in order."""
-    found: dict[tuple[str, str, str], list[Node]] = {}
+    found: dict[tuple[str, str, str, str], list[Node]] = {}
     for node in gm.graph.nodes:
         mark = evaluation_mark(node) if node.op in ("call_function", "call_method") else None
         if mark is not None:
             found.setdefault(mark, []).append(node)
-    return [Marked(region, chain, tuple(nodes)) for (region, chain, _), nodes in found.items()]
+    return [Marked(*mark[:3], tuple(nodes)) for mark, nodes in found.items()]
 
 
 def share_regions(scope: Scope) -> set[Node]:
@@ -60,30 +65,57 @@ def share_regions(scope: Scope) -> set[Node]:
     kept: dict[tuple[str, str], list[Marked]] = {}
     for again in marked_evaluations(scope.gm):
         firsts = kept.setdefault((again.region, again.chain), [])
-        for first in firsts:
-            if all(why_not(table, first, again) is None for table in scope.tables):
-                matches = _matches(scope.gm, first, again)
-                if matches is not None:
-                    for table in scope.tables:
-                        table.forget(again.nodes)
-                    _replace(scope.gm, again, matches)
-                    merged.update(again.nodes)
-                    break
-        else:
+        matches = _found(scope, firsts, again)
+        if matches is None:
             firsts.append(again)
+            continue
+        for table in scope.tables:
+            table.forget(again.nodes)
+        _replace(scope.gm, again, matches)
+        merged.update(again.nodes)
     return merged
+
+
+def _found(scope: Scope, firsts: list[Marked], again: Marked) -> dict[Node, Node] | None:
+    """The evaluation whose value the eager region would hand out, as what stands for what.
+
+    It keeps one value for the same originals and modes, the last one.
+    """
+    for first in reversed(firsts):
+        why = {why_not(table, first, again) for table in scope.tables}
+        if Rule.MODES_DIFFER in why:
+            continue
+        matches = _matches(scope.gm, first, again)
+        if matches is None and not _inputs(first) & _inputs(again):
+            continue
+        same = why == {None} and first.training == again.training
+        return matches if same else None
+    return None
+
+
+def _inputs(evaluation: Marked) -> set[Node]:
+    return {n for node in evaluation.nodes for n in node.all_input_nodes} - {*evaluation.nodes}
 
 
 def why_not(table: EffectTable, first: Marked, again: Marked) -> Rule | None:
     """The rule by which the eager ``cached()`` would evaluate again."""
     if _modes_before(table, first) != _modes_before(table, again):
         return Rule.MODES_DIFFER
-    end, start = table.position[first.nodes[-1]], table.position[again.nodes[0]]
     reads = frozenset().union(*(table.of[node].reads for node in first.nodes))
-    if table.written(reads, end, start):
-        return Rule.ORIGINAL_WRITTEN  # or the value, which the last nodes read
     values = frozenset().union(*(table.of[node].storages for node in first.nodes))
-    return Rule.VALUE_WRITTEN if table.written(values, end, start) else None
+    end, start = table.position[first.nodes[-1]], table.position[again.nodes[0]]
+    if not table.written(reads | values, end, start):
+        return None
+    between = list(table.of)[end + 1 : start]
+    writing = [table.of[n] for n in between if not (n._erased or _hangs_a_hook(n))]
+    if any(e.writes_all or e.writes & reads for e in writing):
+        return Rule.ORIGINAL_WRITTEN  # or the value, which the last nodes read
+    return Rule.VALUE_WRITTEN if any(e.writes & values for e in writing) else None
+
+
+def _hangs_a_hook(node: Node) -> bool:
+    """On the value, which is one tensor for all its readers here, as in the eager region."""
+    return str(getattr(node.target, "__name__", node.target)) in _HOOKS
 
 
 def _modes_before(table: EffectTable, evaluation: Marked) -> Hashable:

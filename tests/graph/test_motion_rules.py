@@ -133,6 +133,15 @@ def _checkpoint_twice_but_written(m: _Module, x: Tensor) -> Tensor:
     return checkpoint(lambda y: E(m.b) @ y, y, use_reentrant=False)
 
 
+def _checkpoint_twice_and_written_after(m: _Module, x: Tensor) -> Tensor:
+    # Backward, which runs the regions again, reads what is written here.
+    with torch.no_grad():
+        y = checkpoint(lambda x: E(m.b) @ x.mT, x, use_reentrant=False)
+        y = checkpoint(lambda y: E(m.b) @ y, y, use_reentrant=False)
+    m.b.mul_(0.5)
+    return y * m.p.sum()
+
+
 def _checkpoint_under_no_grad(m: _Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = checkpoint(lambda x: E(m.p) @ x.mT, x, use_reentrant=False)
@@ -193,10 +202,11 @@ CASES: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
     _both_branches: (1, 0, None),
     _branches_differ: (0, 2, Rule.MAY_NOT_RUN),
     _one_branch_and_before: (1, 0, None),
-    _one_branch_and_before_but_written: (1, 1, Rule.MAY_NOT_RUN),
+    _one_branch_and_before_but_written: (1, 1, Rule.WRITTEN_AROUND),
     _checkpoint_once: (0, 1, Rule.ONE_USE),
     _checkpoint_twice: (1, 0, None),
-    _checkpoint_twice_but_written: (0, 2, Rule.ONE_USE),
+    _checkpoint_twice_but_written: (0, 2, Rule.WRITTEN_AROUND),
+    _checkpoint_twice_and_written_after: (0, 2, Rule.WRITTEN_AROUND),
     _checkpoint_under_no_grad: (0, 2, Rule.ONE_USE),
 }
 INFERENCE: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {

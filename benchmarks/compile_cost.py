@@ -1,0 +1,263 @@
+"""What the pass itself costs, beside the compilation it is part of: it grows linearly.
+
+    python -m benchmarks.compile_cost [--nodes N ...] [--limit SECONDS] [--output JSON]
+
+Two kinds of captured graph: one weight evaluated again and again, and as many weights as there are
+evaluations, which share nothing though all look alike. For each size a fresh process captures the
+graph, times the pass alone on copies of it, and then a whole cold ``torch.compile`` with fxparam:
+by Inductor, or by ``aot_eager`` from the size on at which Inductor takes longer than the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils.parametrize import register_parametrization
+
+import fxparam
+from benchmarks.environment import environment, in_a_line
+from benchmarks.process import run_module
+from benchmarks.table import print_table
+
+__all__ = ["KINDS", "capture", "main", "measure", "model_of"]
+
+NODES = (1000, 2000, 5000, 10_000, 20_000)
+_COLUMNS = ("graph", "nodes", "nodes left", "pass s", "us a node", "compile s", "by", "share")
+_WIDTH = 8
+
+
+def _skew(x: Tensor) -> Tensor:
+    a = torch.tril(x, -1)
+    a = a - a.mT
+    return a + 0.5 * (a @ a)
+
+
+class _Skew(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _skew(x)
+
+
+class _Repeated(nn.Module):
+    """One parametrized weight, read at each of ``accesses`` steps."""
+
+    per_access = 8
+
+    def __init__(self, accesses: int) -> None:
+        super().__init__()
+        self.accesses = accesses
+        self.layer = nn.Linear(_WIDTH, _WIDTH, bias=False)
+        register_parametrization(self.layer, "weight", _Skew())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.accesses):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+class _Distinct(nn.Module):
+    """A weight for each of ``accesses`` steps, all computed alike: there is nothing to share.
+
+    They are parts of one parameter: Dynamo takes minutes for the guards of thousands of modules.
+    """
+
+    per_access = 9
+
+    def __init__(self, accesses: int) -> None:
+        super().__init__()
+        self.accesses = accesses
+        self.originals = nn.Parameter(torch.randn(accesses, _WIDTH, _WIDTH) * _WIDTH**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.accesses):
+            x = torch.tanh(nn.functional.linear(x, _skew(self.originals[i])))
+        return x
+
+
+KINDS: dict[str, type[_Repeated] | type[_Distinct]] = {
+    "repeated": _Repeated,
+    "distinct": _Distinct,
+}
+
+
+def model_of(kind: str, nodes: int) -> nn.Module:
+    """A model whose captured graph has about so many nodes."""
+    build = KINDS[kind]
+    return build(max(1, nodes // build.per_access))
+
+
+def capture(model: nn.Module) -> GraphModule:
+    """The graph that Dynamo gives to a backend."""
+    seen: list[GraphModule] = []
+
+    def keep(gm: GraphModule, inputs: Any) -> GraphModule:
+        seen.append(gm)
+        return gm
+
+    torch.compile(model, backend=keep, fullgraph=True)(torch.randn(4, _WIDTH))
+    return seen[0]
+
+
+def measure(kind: str, nodes: int, inner: str, repeats: int = 3) -> dict[str, Any]:
+    """The pass alone, and a cold compilation of a training step with ``inner`` around it."""
+    model = model_of(kind, nodes)
+    gm = capture(model)
+    times, left = [], 0
+    for _ in range(repeats):
+        fresh = copy.deepcopy(gm)
+        start = time.perf_counter()
+        result = fxparam.hoist(fresh, grad_enabled=True)
+        times.append(time.perf_counter() - start)
+        left = len(result.graph_module.graph.nodes)
+    torch.compiler.reset()
+    torch.compile(lambda x: x + 1, backend=inner)(torch.ones(3))  # imports are no compile time
+    compiled = torch.compile(model, backend=fxparam.backend(inner))
+    start = time.perf_counter()
+    compiled(torch.randn(4, _WIDTH)).sum().backward()
+    total = time.perf_counter() - start
+    return {
+        "kind": kind,
+        "nodes": len(gm.graph.nodes),
+        "left": left,
+        "pass": statistics.median(times),
+        "compile": total,
+        "inner": inner,
+    }
+
+
+def slope(rows: list[dict[str, Any]]) -> float | None:
+    """The power of the number of nodes with which the pass's time grows: 1 is linear."""
+    points = [(math.log(row["nodes"]), math.log(row["pass"])) for row in rows]
+    if len(points) < 2:
+        return None
+    fitted = statistics.linear_regression(*zip(*points, strict=True))
+    return fitted.slope
+
+
+def _rows(sizes: list[int], limit: float) -> list[dict[str, Any]]:
+    rows = []
+    for kind in KINDS:
+        inner = "inductor"
+        for nodes in sizes:
+            job = {"kind": kind, "nodes": nodes, "inner": inner}
+            found = _in_process(job, limit)
+            # Not tried again for larger graphs.
+            if inner == "inductor" and ("error" in found or found["compile"] > limit):
+                inner = "aot_eager"
+                found = _in_process({**job, "inner": inner}, 10 * limit)
+            rows.append({"kind": kind, "asked": nodes, **found})
+    return rows
+
+
+def _in_process(job: dict[str, Any], limit: float) -> dict[str, Any]:
+    print(f"{job['kind']}, {job['nodes']} nodes, {job['inner']}", file=sys.stderr, flush=True)
+    # Capture and the pass come before, and importing torch.
+    allowed = limit + 60 + job["nodes"] / 20
+    return run_module("benchmarks.compile_cost", job, allowed, cold=True)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["kind"], f"{row['asked']} nodes: {row['error']}"]
+    return [
+        row["kind"],
+        f"{row['nodes']}",
+        f"{row['left']}",
+        f"{row['pass']:.2f}",
+        f"{1e6 * row['pass'] / row['nodes']:.0f}",
+        f"{row['compile']:.1f}",
+        row["inner"],
+        f"{row['pass'] / row['compile']:.1%}",
+    ]
+
+
+def _draw(rows: list[dict[str, Any]], title: str, stem: Path) -> list[Path]:
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for i, kind in enumerate(KINDS):
+        mine = [row for row in rows if row["kind"] == kind]
+        if not mine:
+            continue
+        nodes = [row["nodes"] for row in mine]
+        power = slope(mine)
+        grows = "" if power is None else f", grows as nodes^{power:.2f}"
+        axes.plot(nodes, [r["pass"] for r in mine], f"C{i}o-", label=f"{kind}: the pass{grows}")
+        for inner, mark in (("inductor", "s--"), ("aot_eager", "x:")):
+            part = [(r["nodes"], r["compile"]) for r in mine if r["inner"] == inner]
+            if part:
+                label = f"{kind}: compile, {inner}"
+                axes.plot(*zip(*part, strict=True), f"C{i}{mark}", label=label, alpha=0.6)
+    axes.set(xscale="log", yscale="log", xlabel="nodes of the captured graph", ylabel="seconds")
+    axes.set_title(title, fontsize=7)
+    axes.legend(fontsize=7)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return paths
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_cost")
+    parser.add_argument("--nodes", type=int, nargs="+", default=list(NODES))
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one Inductor compile")
+    parser.add_argument("--output", type=Path, default=Path("fxparam-compile-cost.json"))
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    output: Path = options.output
+    if output.is_dir() or not output.resolve().parent.is_dir():
+        print(f"--output {output}: not a file in a folder that exists", file=sys.stderr)
+        return 2
+    if min(options.nodes) < 1:
+        print(f"--nodes {min(options.nodes)}: at least 1", file=sys.stderr)
+        return 2
+    rows = _rows(sorted(options.nodes), options.limit)
+    right = [row for row in rows if "error" not in row]
+    print_table("the pass beside the whole compilation", _COLUMNS, [*map(_cells, rows)], None)
+    for kind in KINDS:
+        power = slope([row for row in right if row["kind"] == kind])
+        if power is not None:
+            print(f"{kind}: the pass grows as nodes^{power:.2f}")
+    where = environment("cpu")
+    command = " ".join(["python -m benchmarks.compile_cost", *arguments])
+    results = {"command": command, "environment": where, "rows": rows}
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    for path in _draw(right, in_a_line(where), output.with_suffix("")):
+        print(f"plot: {path}")
+    return 0
+
+
+def _child(job: Path, target: Path) -> int:
+    warnings.simplefilter("ignore")
+    given = json.loads(job.read_text())
+    target.write_text(json.dumps(measure(given["kind"], given["nodes"], given["inner"])))
+    return 0
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    # In a fresh process of its own, it is given a job and where the result goes.
+    if len(given) == 2 and not given[0].startswith("-"):
+        sys.exit(_child(Path(given[0]), Path(given[1])))
+    sys.exit(main(given))

@@ -1,0 +1,51 @@
+"""Evaluations counted as they run, forward and backward; never in a timed program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["COUNTS", "count_evaluations"]
+
+COUNTS = {"forward": 0, "backward": 0}
+
+
+@torch.library.custom_op("fxparam_bench::count", mutates_args=())
+def _count(x: Tensor) -> Tensor:
+    """The identity; declared pure, so that a compiler may share it like the rest of the chain."""
+    COUNTS["forward"] += 1
+    return x.clone()
+
+
+@torch.library.custom_op("fxparam_bench::count_backward", mutates_args=())
+def _count_backward(grad: Tensor) -> Tensor:
+    COUNTS["backward"] += 1
+    return grad.clone()
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    counted: Tensor = _count_backward(grad)
+    return counted
+
+
+_count.register_fake(torch.empty_like)
+_count_backward.register_fake(torch.empty_like)
+_count.register_autograd(_backward)
+
+
+class _Counting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        counted: Tensor = _count(x)
+        return counted
+
+
+def count_evaluations(model: nn.Module) -> None:
+    """Let every parametrization of a model count its evaluations in ``COUNTS``."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                # Unsafe: the check would evaluate, which may have effects.
+                parametrize.register_parametrization(module, name, _Counting(), unsafe=True)

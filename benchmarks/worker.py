@@ -1,0 +1,144 @@
+"""What runs in a fresh process: ``python -m benchmarks.worker JOB.json RESULT.json``.
+
+A ``probe`` measures one contestant: its cold compile, its memory, what its compilation made, and,
+in an untimed second program, its evaluations. A ``time`` job measures step times of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES, Case, Size
+from benchmarks.check import Outcome, check, outcome_of
+from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.counting import COUNTS
+from benchmarks.errors import first_line
+from benchmarks.measure import compilation, peak_memory, timed_step
+from benchmarks.programs import Setting, program, reference
+from benchmarks.timing import interleaved
+
+__all__ = ["main", "probe", "time_all"]
+
+
+def _expected(case: Case, size: Size, setting: Setting, contestant: Contestant) -> Outcome:
+    sharing = contestant.shares_on_request
+    return outcome_of(reference(case, size, setting, sharing=sharing))
+
+
+def _wake_compiler(contestant: Contestant, setting: Setting) -> None:
+    """Import the compiler and let it look at the machine: that is no program's compile time."""
+    if contestant.compiler == "jax":
+        import jax
+
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+    elif contestant.compiler is not None:
+        with torch.no_grad():
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=setting.device))
+
+
+def probe(
+    case: Case, contestant: Contestant, size: Size, setting: Setting, code: Path | None = None
+) -> dict[str, Any]:
+    """Everything about one contestant but its step time.
+
+    Args:
+        code: a folder, to keep the generated code in.
+
+    Raises:
+        Exception: whatever the contestant raises; ``check.Wrong`` if its results are not eager's.
+    """
+    result: dict[str, Any] = {}
+    _wake_compiler(contestant, setting)
+    made = program(case, contestant, size, setting)
+    with compilation() as seen:
+        start = time.perf_counter()
+        actual = outcome_of(made)  # on the CPU, hence finished on every device
+        first = time.perf_counter() - start
+    if contestant.compiler is not None:
+        again = statistics.median(timed_step(made)[0] for _ in range(3))
+        result["compile"] = max(0.0, first - again)
+    if contestant.compiler in ("inductor", "fxparam"):
+        result["nodes"], result["kernels"] = seen.nodes, seen.kernels
+    # JAX takes a GPU's memory with an allocator of its own.
+    hidden = contestant.compiler == "jax" and setting.device == "cuda"
+    result["peak"] = None if hidden else peak_memory(made)
+    if code is not None and seen.code:
+        code.mkdir(parents=True, exist_ok=True)
+        text = "\n\n# ---- next graph ----\n\n".join(seen.code)
+        (code / f"{case.name}-{contestant.name}-{setting.device}.py.txt").write_text(text)
+    # Last, for eager's memory is not the contestant's.
+    check(actual, _expected(case, size, setting, contestant), setting.dtype)
+    return result
+
+
+def count(case: Case, contestant: Contestant, size: Size, setting: Setting) -> list[int] | None:
+    """Evaluations in one step, forward and backward; None for JAX, whose are not counted."""
+    if contestant.compiler == "jax":
+        return None
+    torch.compiler.reset()
+    counting = program(case, contestant, size, setting, counting=True)
+    counting.reset()
+    counting.step()
+    counting.reset()
+    COUNTS.update(forward=0, backward=0)
+    counting.step()
+    return [COUNTS["forward"], COUNTS["backward"]]
+
+
+def time_all(
+    case: Case, contestants: list[Contestant], size: Size, setting: Setting, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Step times, interleaved, of those whose results are eager's."""
+    named = {each.name: each for each in contestants}
+    # Two at most, whatever the number of contestants.
+    references: dict[bool, Outcome] = {}
+
+    def expected(name: str) -> Outcome:
+        sharing = named[name].shares_on_request
+        if sharing not in references:
+            references[sharing] = _expected(case, size, setting, named[name])
+        return references[sharing]
+
+    makers = {name: partial(program, case, each, size, setting) for name, each in named.items()}
+    return interleaved(makers, expected, rounds, dtype=setting.dtype)
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    case, size, setting = CASES[job["case"]], Size(**job["size"]), Setting(**job["setting"])
+    contestants = [CONTESTANTS[name] for name in job["contestants"]]
+    if job["kind"] == "time":
+        return time_all(case, contestants, size, setting, job["rounds"])
+    (contestant,) = contestants
+    code = Path(job["code"]) if job.get("code") else None
+    try:
+        result = probe(case, contestant, size, setting, code)
+    except Exception as error:
+        return {"error": first_line(error)}
+    try:
+        result["evaluations"] = count(case, contestant, size, setting)
+    except Exception as error:
+        # The counting op is not part of the program: its figures stand without it.
+        result["not_counted"] = first_line(error)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    job, target = Path(arguments[0]), Path(arguments[1])
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    target.write_text(json.dumps(_run(json.loads(job.read_text()))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""Is the backward of a custom ``autograd.Function`` additive in the gradient it is given?
+
+One shared value has one backward, for the sum of its users' gradients. That is the sum of their
+backwards for every derivative, and for anything else that is additive: ``f(a + b) = f(a) + f(b)``.
+A custom backward may be something else: it may clip or normalise the gradient, or add to it. Then
+each access needs its own.
+
+The graph of the backward is looked at, with a list of operations that are additive. What is not on
+the list is taken not to be; custom ops are taken to be, as they are believed in what they declare.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxparam._private import HigherOrderOperator, tree_flatten
+from fxparam.graph.nodes import body_of
+
+__all__ = ["is_backward_additive"]
+
+# Additive in their first argument, whatever the others, which do not depend on the gradient.
+_UNARY = {
+    *("neg", "getitem", "clone", "contiguous", "detach", "positive", "conj", "real", "imag"),
+    *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "reshape_as"),
+    *("transpose", "permute", "t", "movedim", "swapaxes", "squeeze", "unsqueeze", "flip", "roll"),
+    *("narrow", "select", "slice", "chunk", "split", "unbind", "diagonal", "diag_embed", "diag"),
+    *("sum", "mean", "cumsum", "sum_to_size", "tril", "triu", "pad", "repeat", "index_select"),
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"),
+    *("truediv", "div", "true_divide"),
+}
+_ATTRIBUTES = {"mT", "T", "H", "mH", "real", "imag"}
+# Additive in each of two arguments, if only one depends on the gradient.
+_BILINEAR = {"mul", "multiply", "matmul", "mm", "bmm", "mv", "dot", "linear", "einsum", "outer"}
+_SUMS = {"add", "sub", "subtract", "cat", "stack"}
+_FACTS = {"size", "dim", "stride", "numel", "shape", "dtype", "device", "ndim", "is_complex"}
+_ZEROS = {"zeros_like", "zeros", "new_zeros"}
+
+
+def is_backward_additive(node: Node) -> bool:
+    """Whether the backward of what a node computes is additive, as far as it is custom."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return True
+    gm: Any = node.graph.owning_module
+    bodies = [b for b in (body_of(gm, a) for a in node.all_input_nodes) if b is not None]
+    if node.target.__name__ != "autograd_function_apply":
+        return all(is_backward_additive(n) for body in bodies for n in body.graph.nodes)
+    return len(bodies) == 2 and _is_additive(bodies[1], _gradients(*bodies))
+
+
+def _gradients(forward: GraphModule, backward: GraphModule) -> set[Node]:
+    """The inputs of a backward that are gradients: one for each output of the forward."""
+    (output,) = forward.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    return set(backward.graph.find_nodes(op="placeholder")[: len(results[0])])
+
+
+def _is_additive(body: GraphModule, gradients: set[Node]) -> bool:
+    depends, zeros = set(gradients), set[Node]()
+    for node in body.graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        name = _name(node)
+        on = [a for a in node.all_input_nodes if a in depends]
+        if name in _ZEROS:
+            zeros.add(node)
+        if not on or name in _ZEROS or _is_fact(node, name):
+            continue
+        if not _is_additive_step(node, name, on, depends, zeros):
+            return False
+        depends.add(node)
+    (output,) = body.graph.find_nodes(op="output")
+    returned = [n for n in output.all_input_nodes if n not in depends]
+    return all(n in zeros for n in returned)
+
+
+def _is_additive_step(
+    node: Node, name: str, on: list[Node], depends: set[Node], zeros: set[Node]
+) -> bool:
+    if _is_custom(node):
+        return True
+    tensors = node.all_input_nodes
+    if name == "getattr":
+        return node.args[1] in _ATTRIBUTES
+    if name in _UNARY:
+        return node.args[:1] == (on[0],) and len(on) == 1
+    if name in _BILINEAR:
+        return len(on) == 1 and len(tensors) <= 2 and _occurrences(node, on[0]) == 1
+    if name in _SUMS:
+        terms = tree_flatten(node.args[0] if name in ("cat", "stack") else node.args)[0]
+        nodes = [t for t in terms if isinstance(t, Node)]
+        plain = name in ("cat", "stack") or len(nodes) == len(terms)
+        return plain and all(t in depends or t in zeros for t in nodes)
+    if name in ("where", "masked_fill"):
+        condition, branches = _branches(node, name)
+        return condition not in depends and all(
+            b in depends or b in zeros if isinstance(b, Node) else b == 0 for b in branches
+        )
+    return False
+
+
+def _branches(node: Node, name: str) -> tuple[Any, list[Any]]:
+    args = list(node.args)
+    if len(args) != 3:
+        return None, [None]
+    if name == "masked_fill":
+        return args[1], [args[0], args[2]]
+    # torch.where(condition, a, b), or a.where(condition, b)
+    if node.op == "call_method":
+        return args[1], [args[0], args[2]]
+    return args[0], args[1:]
+
+
+def _occurrences(node: Node, argument: Node) -> int:
+    return sum(leaf is argument for leaf in tree_flatten((node.args, node.kwargs))[0])
+
+
+def _is_fact(node: Node, name: str) -> bool:
+    """A question about shape or dtype, which the gradient's values do not answer."""
+    return name in _FACTS or (name == "getattr" and node.args[1] in _FACTS)
+
+
+def _is_custom(node: Node) -> bool:
+    target: Any = node.target
+    if not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    name = getattr(target, "_qualified_op_name", None) or target._schema.name
+    return str(name).partition("::")[0] not in ("aten", "prims", "prim", "_c10d_functional")
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).partition("::")[2]
+    return str(getattr(target, "__name__", target))

@@ -1,0 +1,169 @@
+"""Several ways to run one program, compared: the same, or who is wrong.
+
+Who is to blame is asked only when there is a difference.
+
+- Plain ``torch.compile`` with the same inner backend: what it gets wrong at the same places, or
+  cannot compile either, is torch's own.
+- Eager without checkpoints: a checkpoint recomputes in backward from what was written since, so
+  that gradients in eager are not those of the program. A result that is right is no mismatch.
+- Our graph with nothing recomputed in backward: ``aot_eager``'s partitioner recomputes from an
+  input that the graph has overwritten. With Inductor, the backend tells it what to save.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.program import Block, Program, Statement, ingredients, render
+from tests.fuzz.run import (
+    Record,
+    by_fxparam,
+    by_torch,
+    in_eager,
+    load,
+    saving_all,
+    without_checkpoints,
+)
+
+_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.bfloat16: 1e-1,
+}
+
+
+class Verdict(enum.Enum):
+    SAME = "as eager"
+    MISMATCH = "mismatch"
+    TORCH = "torch's own mismatch"
+    CHECKPOINT = "eager's own (recomputed from what was written since)"
+    PARTITION = "aot_eager's own (recomputed from what was written since)"
+    UNABLE = "skipped: torch cannot compile it either"
+    INVALID = "skipped: raises in eager"
+
+
+@dataclass
+class Judgement:
+    """The verdict, the differences from eager by label, and how many operations were shared."""
+
+    verdict: Verdict
+    differences: dict[str, str] = field(default_factory=dict)
+    merged: int = 0
+
+
+def judge(program: Program, *, inner: str = "") -> Judgement:
+    """Run a program every way that is needed."""
+    try:
+        script = load(render(program))
+    except SyntaxError:  # a shrinking step too far
+        return Judgement(Verdict.INVALID)
+    found = judge_script(script, inner=inner)
+    different = found.verdict in (Verdict.TORCH, Verdict.MISMATCH)
+    if different and "cached" in ingredients(program):
+        # ``fxparam.cached`` is ours also when plain torch compiles it: torch's own is what goes
+        # wrong without it. Plain torch leaves the graph there, and what follows may then compile.
+        uncached = replace(program, statements=tuple(_uncached(program.statements)))
+        without = judge(uncached, inner=inner).verdict
+        unable = without is Verdict.UNABLE and "raises" in found.differences
+        found.verdict = Verdict.TORCH if without is Verdict.TORCH or unable else Verdict.MISMATCH
+    return found
+
+
+def _uncached(statements: tuple[Statement, ...]) -> Iterator[Statement]:
+    for statement in statements:
+        if not isinstance(statement, Block):
+            yield statement
+            continue
+        body = tuple(_uncached(statement.body))
+        if statement.kind == "cached":
+            yield from body
+        else:
+            yield replace(statement, body=body)
+
+
+def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
+    inner = inner or script.INNER
+    expected = in_eager(script)
+    if expected.error is not None:
+        return Judgement(Verdict.INVALID, {"raises": repr(expected.error)})
+    actual = by_fxparam(script, inner)
+    found = differences(expected, actual)
+    if not found:
+        return Judgement(Verdict.SAME, merged=actual.merged)
+    plain = by_torch(script, inner)
+    by_plain = differences(expected, plain)
+    if plain.error is not None and actual.error is not None:
+        verdict = Verdict.UNABLE if type(plain.error) is type(actual.error) else Verdict.MISMATCH
+    elif found.keys() <= by_plain.keys():
+        verdict = Verdict.TORCH
+    else:
+        verdict = _excuse(script, inner, expected, actual)
+    return Judgement(verdict, found, actual.merged)
+
+
+def _excuse(script: ModuleType, inner: str, expected: Record, actual: Record) -> Verdict:
+    """A difference that plain torch does not show: one of the two known reasons, or a mismatch."""
+    straight = without_checkpoints(script)
+    if not differences(straight, actual):
+        return Verdict.CHECKPOINT
+    if inner == "aot_eager" and actual.error is None:
+        saved = by_fxparam(script, saving_all())
+        if not all(differences(right, saved) for right in (expected, straight)):
+            return Verdict.PARTITION
+    return Verdict.MISMATCH
+
+
+def differences(expected: Record, actual: Record) -> dict[str, str]:
+    """What differs, by label: what was expected and what was found."""
+    if actual.error is not None:
+        return {"raises": "".join(traceback.format_exception(actual.error)[-3:])}
+    labels = expected.seen.keys() | actual.seen.keys()
+    tolerance = _tolerance(expected)
+    found = {}
+    for label in sorted(labels):
+        e, a = expected.seen.get(label), actual.seen.get(label)
+        if not _same(e, a, tolerance):
+            found[label] = f"expected {e}, found {a}"
+    return found
+
+
+def _tolerance(record: Record) -> float:
+    """The least precise dtype decides for all: values flow from one into another."""
+    dtypes = {value.dtype for value in record.seen.values() if isinstance(value, Tensor)}
+    return max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+
+
+def _same(expected: Any, actual: Any, tolerance: float) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return type(expected) is type(actual) and bool(expected == actual)
+    if expected.dtype != actual.dtype or expected.shape != actual.shape:
+        return False
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(expected, actual)
+    size = expected.abs().nan_to_num(0, posinf=0).amax().item() if expected.numel() else 0.0
+    atol = tolerance * (1 + size)
+    return torch.allclose(actual, expected, rtol=0, atol=atol, equal_nan=True)
+
+
+def explain(path: str) -> None:
+    """Judge a script and say what differs; for a script run by itself."""
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    judgement = judge_script(script)
+    print(f"{judgement.verdict.value}; {judgement.merged} operations shared")
+    for label, difference in judgement.differences.items():
+        print(f"{label}: {difference}")

@@ -1,0 +1,104 @@
+"""Is the fuzzer any good? Each rule of sharing is switched off in turn; programs must notice.
+
+A rule is switched off by patching the predicate that asks it, in every module that looks it up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import Node
+
+from fxparam.graph import hoist as _hoist  # noqa: F401  imports every pass
+from tests.fuzz import campaign
+from tests.fuzz.judge import Verdict, judge
+from tests.fuzz.program import Program
+
+
+def _literals_without_type(value: Any) -> Any:
+    """1, 1.0 and True are one key; so are 0.0 and -0.0."""
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", id(value))
+    return ("literal", value)
+
+
+def _any_original(number: Callable[..., Any]) -> Callable[..., Any]:
+    """Inputs of the graph are one key, whichever they are."""
+
+    def changed(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, Node) and value.op in ("placeholder", "get_attr"):
+            shape = tuple(getattr(value.meta.get("example_value"), "shape", ()))
+            return ("node", value.op, shape)
+        return number(value, *args, **kwargs)
+
+    return changed
+
+
+def _always(answer: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda predicate: lambda *args, **kwargs: answer
+
+
+Mutation = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_EVERYWHERE = "fxparam.graph"
+_NUMBERING = "fxparam.graph.numbering"
+
+#: For each rule: the function that asks it, where it is looked up, and what becomes of it.
+RULES: dict[str, tuple[str, str, Mutation]] = {
+    "1: literals, types and signs": ("literal_key", _NUMBERING, lambda _: _literals_without_type),
+    "1: the same original": ("_key", _NUMBERING, _any_original),
+    "2: an original written between": ("is_an_input_written_between", _EVERYWHERE, _always(False)),
+    "2: an original written in a body": ("is_an_input_written_inside", _EVERYWHERE, _always(False)),
+    "2: an original written around the call": (
+        "is_an_input_written_around",
+        _EVERYWHERE,
+        _always(False),
+    ),
+    "3: the value written": ("is_the_value_written", _EVERYWHERE, _always(False)),
+    "3: the value written in a body": ("is_the_value_written_inside", _EVERYWHERE, _always(False)),
+    "3: the value escapes": ("does_the_value_escape", _EVERYWHERE, _always(False)),
+    "3: the value leaves a body": ("does_the_value_leave_the_body", _EVERYWHERE, _always(False)),
+    "4: the modes of the call": ("runs_under_the_modes_of_the_call", _EVERYWHERE, _always(True)),
+    "4: the same modes": ("runs_under_the_same_modes", _EVERYWHERE, _always(True)),
+    "5: effects": ("has_effects", _EVERYWHERE, _always(None)),
+    "6: runs whenever the call does": ("runs_whenever_the_call_does", _EVERYWHERE, _always(True)),
+}
+
+
+@contextmanager
+def without(rule: str) -> Iterator[bool]:
+    """The rule switched off; False if no such predicate exists."""
+    name, where, mutation = RULES[rule]
+    modules = [module for key, module in list(sys.modules.items()) if key.startswith(where)]
+    found = [m for m in modules if callable(getattr(m, name, None))]
+    before = [getattr(m, name) for m in found]
+    for module, function in zip(found, before, strict=True):
+        setattr(module, name, mutation(function))
+    try:
+        yield bool(found)
+    finally:
+        for module, function in zip(found, before, strict=True):
+            setattr(module, name, function)
+
+
+def programs_until_noticed(rule: str, *, limit: int, start: int = 0) -> tuple[int, Program | None]:
+    """How many programs ran until one gave a mismatch that it does not give with the rule."""
+    with without(rule) as exists:
+        if not exists:
+            raise LookupError(f"rule {rule}: fxparam.graph has no {RULES[rule][0]}")
+    seeds = itertools.count(start)
+    ran = 0
+    while ran < limit:
+        seed = next(seeds)
+        with without(rule):
+            program, judgement, _ = next(campaign.run([seed]))
+        ran += judgement.verdict is not Verdict.INVALID
+        if judgement.verdict is Verdict.MISMATCH and judge(program).verdict is not Verdict.MISMATCH:
+            return ran, program
+    return ran, None

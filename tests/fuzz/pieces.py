@@ -1,0 +1,214 @@
+"""What the programs are made of; a script carries the source of the classes it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def squash(h: Tensor) -> Tensor:
+    """Bounded, so that long programs stay comparable; smooth in real and complex dtypes."""
+    return h / (1 + h.abs())
+
+
+class Cell(nn.Module):
+    """Holds one tensor, to be parametrized, and applies it."""
+
+    def __init__(self, weight: Tensor, stored: str) -> None:
+        super().__init__()
+        if stored == "parameter":
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return squash(h @ self.weight)
+
+
+class Computed(nn.Module):
+    """A weight computed by a property: no ``parametrize`` anywhere."""
+
+    def __init__(self, raw: Tensor, stored: str, *links: nn.Module) -> None:
+        super().__init__()
+        if stored == "parameter":
+            self.raw = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw", raw)
+        self.links = nn.ModuleList(links)
+
+    @property
+    def weight(self) -> Tensor:
+        value = self.raw
+        for link in self.links:
+            value = link(value)
+        return value
+
+    def forward(self, h: Tensor) -> Tensor:
+        return squash(h @ self.weight)
+
+
+class Identity(nn.Module):
+    """The value is the original itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Transposed(nn.Module):
+    """The value is a view of the original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+class Skew(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a = x.tril(-1)
+        return a - a.mT
+
+
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matrix_exp(0.3 * x)
+
+
+class Softplus(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x)
+
+
+class Inverse(nn.Module):
+    """Raises on a singular original: may not run where the program would not have run it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+
+class Mask(nn.Module):
+    """Multiplies by a buffer."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", (like.abs() > 0.3).to(like.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+class LowRank(nn.Module):
+    """LoRA."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(0.3 * like[:, :1].clone())
+        self.b = nn.Parameter(0.3 * like[:1].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a @ self.b
+
+
+class Scaled(nn.Module):
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + like[0, 0].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class WorksInPlace(nn.Module):
+    """Writes, but to nothing that anyone else sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.mul_(2)
+        return y
+
+
+class Product(nn.Module):
+    """Two originals."""
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        return u @ v
+
+    def right_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y, torch.eye(len(y), dtype=y.dtype)
+
+
+class DropoutMask(nn.Module):
+    """Draws a mask at each evaluation in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+class Counter(nn.Module):
+    """Counts its evaluations in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        # A copy, since autograd would save the buffer that the next evaluation writes.
+        return x * (1 + 0.1 * self.count.clone()).to(x.dtype)
+
+
+class Normalized(nn.Module):
+    """Batch norm: writes its running statistics without saying so."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(len(like), dtype=like.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+# Control flow. Eager runs plain Python: torch's own operators compile themselves when called in
+# eager, and a reference should not.
+
+
+def scan(step: Callable[..., Any], carry: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.scan import scan as compiled
+
+        return compiled(step, carry, xs)
+    ys = []
+    for x in xs:
+        carry, y = step(carry, x)
+        ys.append(y)
+    return carry, torch.stack(ys)
+
+
+def while_loop(more: Callable[..., Any], step: Callable[..., Any], carry: Any) -> Any:
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.while_loop import while_loop as compiled
+
+        return compiled(more, step, carry)
+    while more(*carry):
+        carry = step(*carry)
+    return carry
+
+
+def cond(which: Tensor, then: Callable[..., Any], other: Callable[..., Any], h: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.cond(which, then, other, (h,))
+    return then(h) if which else other(h)
+
+
+def map_rows(row: Callable[..., Any], rows: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.map import map as compiled
+
+        return compiled(row, rows)
+    return torch.stack([row(r) for r in rows])

@@ -1,0 +1,176 @@
+"""One program, one way to run it: all that can be seen of it, under labels.
+
+Two training steps: the outputs, their aliasing, the gradients of parameters and inputs, every
+parameter and buffer after, the state of the random number generator, the warnings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from functorch.compile import default_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+
+import fxparam
+
+_STEPS = 2
+_RATE = 0.01
+# Directories of torch that warn about compiling, not about the program.
+_MACHINERY = ("_dynamo", "_functorch", "_inductor", "_higher_order_ops", "fx", "_subclasses", "jit")
+
+
+@dataclass
+class Record:
+    """What was seen: tensors and other values by label; ``error`` is what was raised, if it was."""
+
+    seen: dict[str, Any] = field(default_factory=dict)
+    error: BaseException | None = None
+    merged: int = 0
+
+
+Inner = str | Callable[..., Any]
+
+
+class Recorder:
+    """The backend under test, counting what it shares."""
+
+    def __init__(self, inner: Inner) -> None:
+        self.backend, self.merged = fxparam.backend(inner), 0
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = self.backend(gm, inputs)
+        report = self.backend.last_report
+        self.merged += 0 if report is None else report.merged
+        return compiled
+
+
+def load(source: str, name: str = "fuzzed") -> ModuleType:
+    """The script as a module, from a file, so that Dynamo and ``inspect`` find its source."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        linecache.getlines(str(path))
+    return module
+
+
+def in_eager(script: ModuleType) -> Record:
+    return _run(script, lambda model: model)
+
+
+def without_checkpoints(script: ModuleType) -> Record:
+    """Eager, but for checkpoints, which are called as plain functions."""
+    checkpoint = script.checkpoint
+    script.checkpoint = lambda f, *args, **_: f(*args)
+    try:
+        return in_eager(script)
+    finally:
+        script.checkpoint = checkpoint
+
+
+def saving_all() -> Callable[..., Any]:
+    """``aot_eager``, but backward recomputes nothing."""
+    return aot_autograd(
+        fw_compiler=boxed_nop,
+        partition_fn=default_partition,
+        keep_inference_input_mutations=True,
+    )
+
+
+def by_torch(script: ModuleType, inner: str) -> Record:
+    """Plain ``torch.compile``."""
+    torch.compiler.reset()
+    return _run(script, lambda model: torch.compile(model, backend=inner))
+
+
+def by_fxparam(script: ModuleType, inner: Inner) -> Record:
+    torch.compiler.reset()
+    recorder = Recorder(inner)
+    record = _run(script, lambda model: torch.compile(model, backend=recorder))
+    record.merged = recorder.merged
+    return record
+
+
+def _run(script: ModuleType, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Record:
+    record = Record()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = script.build()
+            call = wrap(model)
+            x = script.values(77).requires_grad_(script.GRAD)
+            for step in range(_STEPS):
+                torch.manual_seed(step)
+                with torch.set_grad_enabled(script.GRAD):
+                    _step(script, model, call, x, record.seen, f"step {step}")
+        except Exception as error:
+            record.error = error
+    mine = [w for w in caught if not any(f"/torch/{part}/" in w.filename for part in _MACHINERY)]
+    record.seen["warnings"] = sorted({f"{w.category.__name__}: {w.message}" for w in mine})
+    return record
+
+
+def _step(
+    script: ModuleType,
+    model: nn.Module,
+    call: Callable[..., Any],
+    x: Tensor,
+    seen: dict[str, Any],
+    step: str,
+) -> None:
+    outputs = call(x)
+    seen[f"{step}: aliasing"] = _aliasing(outputs)
+    if script.CALLER_WRITES:
+        with torch.no_grad():
+            for output in outputs[1:2]:
+                output.mul_(2)
+    for k, output in enumerate(outputs):
+        seen[f"{step}: output {k}"] = output.detach().clone()
+        seen[f"{step}: output {k} requires grad"] = output.requires_grad
+    if script.GRAD:
+        _backward(outputs)
+    for name, leaf in [("x", x), *model.named_parameters()]:
+        seen[f"{step}: gradient of {name}"] = None if leaf.grad is None else leaf.grad.clone()
+        if leaf.grad is not None:
+            with torch.no_grad():
+                leaf -= _RATE * leaf.grad
+            leaf.grad = None
+        seen[f"{step}: {name}"] = leaf.detach().clone()
+    for name, buffer in model.named_buffers():
+        seen[f"{step}: {name}"] = buffer.detach().clone()
+    seen[f"{step}: random number generator"] = torch.get_rng_state()
+
+
+def _backward(outputs: Sequence[Tensor]) -> None:
+    terms = [
+        # Weighted, so that outputs exchanged are seen.
+        (k + 1) * output.abs().square().sum().to(torch.float64)
+        for k, output in enumerate(outputs)
+        if output.requires_grad
+    ]
+    if terms:
+        torch.stack(terms).sum().backward()
+
+
+def _aliasing(outputs: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """For each output, the first that is the same object and the first on the same memory."""
+    objects = [id(output) for output in outputs]
+    memory = [output.untyped_storage().data_ptr() for output in outputs]
+    pairs = zip(objects, memory, strict=True)
+    return [(objects.index(a), memory.index(b)) for a, b in pairs]

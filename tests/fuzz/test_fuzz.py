@@ -1,0 +1,64 @@
+"""The same programs at each run: a slice of what ``make fuzz`` runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.fuzz import campaign, mutate
+from tests.fuzz.generate import generate
+from tests.fuzz.judge import Verdict
+from tests.fuzz.program import render
+from tests.fuzz.run import load
+
+_SLICES = 12
+_SLICE = 25
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are tiny; and the random numbers of other tests are left as they were.
+
+    pytest would format every record of torch's trace log.
+    """
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("part", range(_SLICES))
+def test_programs_give_the_same_as_in_eager(part: int) -> None:
+    tally = campaign.Tally()
+    for _, judgement, tally in campaign.run(range(part * _SLICE, (part + 1) * _SLICE)):
+        if judgement.verdict is Verdict.MISMATCH:
+            program = campaign.shrunk(tally.mismatches[-1])
+            pytest.fail(f"{judgement.differences}\n\n{render(program)}")
+    # Else the programs have become too tame, or too wild for torch.
+    assert tally.shared >= tally.run / 3
+    assert tally.verdicts[Verdict.SAME] >= tally.run / 2
+
+
+def test_a_seed_names_one_program() -> None:
+    assert render(generate(7)) == render(generate(7))
+    assert render(generate(7)) != render(generate(8))
+
+
+def test_a_script_is_a_module_by_itself() -> None:
+    script = load(render(generate(1)))
+    assert isinstance(script.build(), torch.nn.Module)
+
+
+@pytest.mark.parametrize(
+    "rule", ["3: the value written", "3: the value escapes", "4: the same modes"]
+)
+def test_a_rule_switched_off_is_noticed(rule: str) -> None:
+    _, program = mutate.programs_until_noticed(rule, limit=200)
+    assert program is not None

@@ -1,0 +1,95 @@
+"""A custom backward that is not additive is run for each access, as in eager code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import fxparam
+from fxparam.graph import Rule
+from tests.helpers import check_against_eager
+
+
+def _function(backward: Callable[[Tensor, Tensor], Tensor]) -> type[torch.autograd.Function]:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return 2 * x
+
+    # Not a closure: Dynamo traces the function itself.
+    Doubled.backward = staticmethod(lambda ctx, g: backward(g, *ctx.saved_tensors))
+    return Doubled
+
+
+BACKWARDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "identity": (lambda g, x: g, True),
+    "scaled": (lambda g, x: 2 * g * x, True),
+    "masked": (lambda g, x: g * (x.abs() < 1), True),
+    "where": (lambda g, x: torch.where(x > 0, g, torch.zeros_like(g)), True),
+    "product": (lambda g, x: (g @ x.mT + x.mT @ g).tril() - g.mT, True),
+    "zero": (lambda g, x: torch.zeros_like(g), True),
+    "clipped": (lambda g, x: g.clamp(-0.1, 0.1), False),
+    "normalised": (lambda g, x: g / (g.norm() + 1), False),
+    "affine": (lambda g, x: g * 2 + 1, False),
+    "affine in x": (lambda g, x: g + x, False),
+    "squared": (lambda g, x: g * g, False),
+    "sign": (lambda g, x: g.sign(), False),
+    "constant": (lambda g, x: x, False),
+}
+
+
+class Chain(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+class Model(nn.Module):
+    def __init__(self, name: str, *, checkpointed: bool) -> None:
+        super().__init__()
+        self.cell = nn.Linear(3, 3, dtype=torch.float64)
+        chain = Chain(_function(BACKWARDS[name][0]))
+        parametrize.register_parametrization(self.cell, "weight", chain)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = checkpoint(self.cell, x, use_reentrant=False) if self.checkpointed else self.cell(x)
+        return x
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_shared_where_additive(name: str, checkpointed: bool) -> None:
+    torch.compiler.reset()
+    model = Model(name, checkpointed=checkpointed)
+    fx = fxparam.backend("aot_eager")
+    x = torch.randn(2, 3, dtype=torch.float64)
+    check_against_eager(model, fx, x)
+    assert fx.last_report is not None
+    (entry,) = fx.last_report.entries
+    assert entry.evaluations == (1 if BACKWARDS[name][1] else 3)
+    if not BACKWARDS[name][1]:
+        assert Rule.NOT_ADDITIVE in {kept.rule for kept in entry.kept}
+
+
+@pytest.mark.parametrize("name", ["clipped", "affine"])
+def test_without_gradients_it_does_not_matter(name: str) -> None:
+    torch.compiler.reset()
+    model = copy.deepcopy(Model(name, checkpointed=False))
+    fx = fxparam.backend("aot_eager")
+    with torch.no_grad():
+        torch.compile(model, backend=fx)(torch.randn(2, 3, dtype=torch.float64))
+    assert fx.last_report is not None
+    assert fx.last_report.entries[0].evaluations == 1

@@ -1,0 +1,340 @@
+"""Export: the same program as torch's, each parametrized tensor evaluated once, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+import fxparam
+from fxparam.graph.naming import Step
+from tests import helpers, zoo
+from tests.graph import test_motion
+
+# Raised by torch itself where it saves, loads and decomposes programs.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning"),
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
+]
+
+
+class Cell(nn.Module):
+    """A built-in recurrent cell, some steps, and nothing of ``cached()`` in its code."""
+
+    def __init__(self, wrap: Callable[..., Any], *, size: int = 4, steps: int = 3) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(size, size, dtype=torch.float64)
+        wrap(self.cell, "weight_hh")
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x)
+        for _ in range(self.steps):
+            h = self.cell(x, h)
+        return h
+
+
+def counting(m: nn.Module, name: str) -> None:
+    for step in (helpers.MatrixExponential(), helpers.Counting()):
+        parametrize.register_parametrization(m, name, step)
+
+
+def ours(m: nn.Module, name: str) -> None:
+    for step in (helpers.MatrixExponential(), helpers.Counting()):
+        fxparam.register_parametrization(m, name, step)
+
+
+def random_mask(m: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(m, name, helpers.RandomMask())
+
+
+def counts_itself(m: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(m, name, zoo.Steps())
+
+
+WRAPS = [counting, ours, orthogonal, spectral_norm, weight_norm, random_mask, counts_itself]
+
+
+def _x(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, dtype=torch.float64)
+
+
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def runs_equal(program: ExportedProgram, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Outputs and buffers of two calls equal those of a copy of the model."""
+    twin, run = copy.deepcopy(model), copy.deepcopy(program).module()
+    for _ in range(2):
+        torch.manual_seed(0)
+        expected = twin(*args, **kwargs)
+        torch.manual_seed(0)
+        torch.testing.assert_close(run(*args, **kwargs), expected)
+    left = run.state_dict()
+    for name, buffer in twin.named_buffers():
+        if name in left:
+            torch.testing.assert_close(left[name], buffer, msg=name)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
+def test_equals_eager(wrap: Any, training: bool, strict: bool) -> None:
+    model = Cell(wrap).train(training)
+    classes = [type(m) for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    program = fxparam.export(model, (_x(),), strict=strict)
+    program.validate()
+    assert [type(m) for m in model.modules()] == classes
+    torch.testing.assert_close(model.state_dict(), before)
+    assert list(program.state_dict) == list(
+        torch.export.export(model, (_x(),), strict=strict).state_dict
+    )
+    assert not fxparam.hoist(program.graph_module).modified
+    runs_equal(program, model, _x())
+    runs_equal(saved_and_loaded(program), model, _x())
+    runs_equal(program.run_decompositions(), model, _x())
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_one_evaluation_forward_and_one_backward(strict: bool) -> None:
+    model = Cell(counting)
+    run = fxparam.export(model, (_x(),), strict=strict).module()
+    assert helpers.counted(lambda: run(_x()).sum().backward()) == (1, 1)
+
+
+@pytest.mark.parametrize("wrap", [random_mask, counts_itself, spectral_norm])
+def test_evaluations_with_effects_are_all_there(wrap: Any) -> None:
+    model = Cell(wrap)
+    ours, torchs = fxparam.export(model, (_x(),)), torch.export.export(model, (_x(),))
+
+    def effects(program: ExportedProgram) -> list[str]:
+        targets = [str(node.target) for node in program.graph.nodes]
+        return [t for t in targets if t.startswith(("aten.dropout", "aten.add_", "wrap"))]
+
+    assert effects(ours) == effects(torchs)
+
+
+def test_capture_does_not_evaluate_at_each_access() -> None:
+    """What is traced, by a parametrization that says when Python runs it."""
+    seen: list[int] = []
+
+    class Seen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(1)
+            return x.tanh()
+
+    for api in (fxparam, parametrize):
+        model = Cell(
+            lambda m, name, api=api: api.register_parametrization(m, name, Seen()), steps=9
+        )
+        seen.clear()
+        fxparam.export(model, (_x(),))
+        assert len(seen) == 1
+
+
+class _WritesValue(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.cell.weight_hh
+        v = self.cell.weight_hh
+        w.mul_(2)
+        return x @ w + x @ v
+
+
+class _Returns(Cell):
+    def forward(self, x: Tensor) -> Any:
+        return self.cell.weight_hh, x @ self.cell.weight_hh
+
+
+@pytest.mark.parametrize("kind", [_WritesValue, _Returns])
+def test_where_sharing_while_tracing_was_wrong(kind: Any) -> None:
+    model = kind(counting).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    program = fxparam.export(model, (_x(),))
+    runs_equal(program, model, _x())
+    assert sum("count" in str(n.target) for n in program.graph.nodes) == 2
+
+
+def test_in_a_region_of_the_user() -> None:
+    model = Cell(ours)
+    fxparam.adopt(model)
+    with fxparam.cached():
+        first = model.cell.weight_hh
+        program = fxparam.export(model, (_x(),))
+        assert model.cell.weight_hh is first
+    runs_equal(program, model, _x())
+    assert helpers.counted(lambda: program.module()(_x()))[0] == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [test_motion._scan, test_motion._map, test_motion._cond_in_both_branches, test_motion._while],
+    ids=lambda body: body.__name__,
+)
+def test_out_of_bodies(body: Any) -> None:
+    model = test_motion.Cell(body).eval()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        program = fxparam.export(model, (x,))
+        runs_equal(program, model, x)
+        assert helpers.counted(lambda: program.module()(x))[0] == 1
+        folded = fxparam.fold(program)
+        runs_equal(folded, model, x)
+    assert sorted(folded.state_dict) == ["cell.bias", "cell.weight", "state"]
+
+
+def test_dynamic_shapes_keywords_and_mutations_survive() -> None:
+    class Counts(Cell):
+        def __init__(self) -> None:
+            super().__init__(counting)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("offset", torch.ones(4, dtype=torch.float64), persistent=False)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return super().forward(x * scale * self.calls + self.offset)
+
+    model = Counts().eval()
+    shapes = {"x": {0: Dim("batch")}, "scale": None}
+    kwargs = {"scale": torch.tensor(2.0)}
+    for fold in (False, True):
+        program = fxparam.export(model, (_x(),), kwargs, dynamic_shapes=shapes, fold=fold)
+        for each in (program, saved_and_loaded(program)):
+            runs_equal(each, model, _x(7), **kwargs)
+        signature = program.run_decompositions().graph_signature
+        assert list(signature.buffers_to_mutate.values()) == ["calls"]
+
+
+def test_names_and_the_prologue() -> None:
+    program = fxparam.export(Cell(counting), (_x(),))
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    assert [n.name for n in calls[:2]] == ["matrix_exp", "cell_weight_hh"]
+    assert [n.meta["fxparam"] for n in calls[:2]] == [
+        Step("cell.weight_hh", 0),
+        Step("cell.weight_hh", 1),
+    ]
+
+
+def test_errors_are_those_of_torch() -> None:
+    model = Cell(counting)
+    with pytest.raises(Exception, match="Expecting `args` to be a tuple") as ours:
+        fxparam.export(model, [_x()])
+    with pytest.raises(Exception, match="Expecting `args` to be a tuple") as theirs:
+        torch.export.export(model, [_x()])
+    assert type(ours.value) is type(theirs.value)
+    assert any("torch.export.export" in note for note in ours.value.__notes__)
+
+
+FOLDED = ["cell.bias_hh", "cell.bias_ih", "cell.weight_hh", "cell.weight_ih"]
+
+
+@pytest.mark.parametrize("made_by", ["fxparam", "torch", "torch strict", "loaded", "decomposed"])
+@pytest.mark.parametrize("wrap", [counting, ours, orthogonal, spectral_norm, weight_norm])
+def test_folded(wrap: Any, made_by: str) -> None:
+    model = Cell(wrap).eval()
+    x = _x()
+    if made_by == "fxparam":
+        folded = fxparam.export(model, (x,), fold=True)
+    else:
+        program = torch.export.export(model, (x,), strict=made_by == "torch strict")
+        if made_by == "loaded":
+            program = saved_and_loaded(program)
+        if made_by == "decomposed":
+            program = program.run_decompositions()
+        before = str(program)
+        folded = fxparam.fold(program)
+        assert str(program) == before
+    assert sorted(folded.state_dict) == FOLDED
+    targets = [s.target for s in folded.graph_signature.input_specs if s.target]
+    assert sorted(targets) == FOLDED
+    assert "parametrizations" not in str(folded.graph_module.code)
+    assert not any("parametrizations" in e.fqn for e in folded.module_call_graph)
+    torch.testing.assert_close(folded.state_dict["cell.weight_hh"], model.cell.weight_hh)
+    for each in (
+        folded,
+        saved_and_loaded(folded),
+        folded.run_decompositions(),
+        fxparam.fold(folded),
+    ):
+        runs_equal(each, model, x)
+    assert helpers.counted(lambda: folded.module()(x))[0] == 0
+
+
+def test_folding_reads_the_programs_tensors() -> None:
+    model = Cell(orthogonal).eval()
+    program = fxparam.export(model, (_x(),))
+    other = Cell(orthogonal).eval()
+    for name, tensor in other.state_dict().items():
+        program.state_dict[name] = (
+            nn.Parameter(tensor) if name in dict(other.named_parameters()) else tensor
+        )
+    runs_equal(fxparam.fold(program), other, _x())
+
+
+@pytest.mark.parametrize("wrap", [random_mask, spectral_norm, counts_itself])
+def test_folding_what_has_effects_is_refused(wrap: Any) -> None:
+    model = Cell(wrap)
+    for call in (
+        lambda: fxparam.export(model, (_x(),), fold=True),
+        lambda: fxparam.fold(torch.export.export(model, (_x(),), strict=True)),
+    ):
+        with pytest.raises(ValueError, match=r"cell\.weight_hh"):
+            call()
+
+
+def test_folding_without_parametrizations_changes_nothing() -> None:
+    program = torch.export.export(nn.Linear(4, 2, dtype=torch.float64), (_x(),))
+    folded = fxparam.fold(program)
+    assert str(folded.graph) == str(program.graph)
+    assert folded.graph_signature == program.graph_signature
+
+
+def test_folding_under_no_grad_in_the_model() -> None:
+    class Frozen(Cell):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = super().forward(x)
+            return super().forward(x)
+
+    model = Frozen(orthogonal).eval()
+    folded = fxparam.export(model, (_x(),), fold=True)
+    assert sorted(folded.state_dict) == FOLDED
+    runs_equal(folded, model, _x())
+
+
+def test_folding_keeps_an_original_that_is_read_elsewhere() -> None:
+    class Penalized(Cell):
+        def forward(self, x: Tensor) -> Any:
+            penalty = self.cell.parametrizations.weight_hh.original.mul(x.sum()).sum()
+            return super().forward(x), penalty
+
+    model = Penalized(orthogonal).eval()
+    folded = fxparam.export(model, (_x(),), fold=True)
+    assert "cell.parametrizations.weight_hh.original" in folded.state_dict
+    runs_equal(folded, model, _x())
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_ahead_of_time_inductor(fold: bool, tmp_path: Any) -> None:
+    model, x = Cell(orthogonal).eval(), _x()
+    with torch.no_grad():
+        program = fxparam.export(model, (x,), fold=fold)
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        run = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(run(x), model(x))
