@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
-from torch.nn import Module
 
 from fxparam import _private
 from fxparam.graph.marks import EVALUATION, REGION
@@ -64,11 +63,11 @@ def is_innermost(mark: str) -> bool:
 
 
 @_constant
-def evaluation_of(chain: Module, training: str) -> str:
-    """The mark of one evaluation of ``chain``; empty outside a region and in another evaluation.
+def evaluation_of(chain: int, training: str) -> str:
+    """The mark of one evaluation of a chain; empty outside a region and in another evaluation.
 
     Args:
-        chain: a ``ParametrizationList``.
+        chain: the identity of a ``ParametrizationList``; torch 2.11 takes no module here.
         training: the training modes of its modules, which Dynamo follows and only traced code
             sees as they are.
 
@@ -79,7 +78,7 @@ def evaluation_of(chain: Module, training: str) -> str:
         return ""
     if _private.inside_functorch():
         return UNTRACEABLE
-    return f"{_private.trace_number()}.{id(chain)} {training} {next(_numbers)}"
+    return f"{_private.trace_number()}.{chain} {training} {next(_numbers)}"
 
 
 def _present(key: str) -> str:

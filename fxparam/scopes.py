@@ -199,7 +199,7 @@ def evaluate(chain: Module) -> Tensor:
     """The value of ``chain``, marked as one evaluation where a region is being compiled."""
     if not _static.is_open():
         return chain()  # type: ignore[no-any-return]
-    mark = _static.evaluation_of(chain, _training_modes(chain))
+    mark = _static.evaluation_of(id(chain), _training_modes(chain))
     if not mark:
         return chain()  # type: ignore[no-any-return]
     if mark == _static.UNTRACEABLE:

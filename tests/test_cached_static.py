@@ -184,6 +184,8 @@ def _steps(model: nn.Module, run: Callable[..., Any], x: Tensor) -> Iterator[lis
 def test_equals_eager_in_one_graph(body: Callable[..., Any], wrap: str) -> None:
     if body is _value_written and wrap == "random mask":
         pytest.skip("AOTAutograd drops the numbers drawn for a value that is only written")
+    if body is _with_a_hook and torch.__version__ < "2.13":
+        pytest.skip("Dynamo hangs the hook on a copy of the value")
     model = Model(wrap, body)
     twin = copy.deepcopy(model)
     fx = fxparam.backend("aot_eager")

@@ -163,6 +163,8 @@ def _counted(
     **options: Any,
 ) -> tuple[tuple[int, int], Any]:
     """Evaluations, forward and backward, of the compiled model, equal to eager; the report."""
+    if train and "scan" in body.__name__ and torch.__version__ < "2.13":
+        pytest.skip("this torch cannot train through these scans")
     torch.compiler.reset()
     torch.manual_seed(0)
     model = Cell(body)
