@@ -92,7 +92,13 @@ class Call:
 
     @property
     def branches(self) -> bool:
+        """Of its bodies, one runs."""
         return _LAYOUTS[self.op].branches
+
+    @property
+    def loops(self) -> bool:
+        """Its bodies run more than once, on other carries or slices each time."""
+        return bool(_LAYOUTS[self.op].varying)
 
     def set_operands(self, operands: list[Any]) -> None:
         """Give the node other operands; its bodies' placeholders are the caller's to change."""

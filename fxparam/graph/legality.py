@@ -37,7 +37,7 @@ class Rule(enum.Enum):
     WRITES = "the evaluation writes in place (rule 5)"
     UNKNOWN = "the effects of an operation are not known (rule 5)"
     MAY_NOT_RUN = "the body may not run, and the program would not have evaluated it (rule 6)"
-    REDUCED = "the gradient would be summed over the steps in reduced precision (profitability)"
+    REDUCED = "its gradient would be summed over the steps in reduced precision (rule 1)"
     TOO_LARGE = "the value has more than max_bytes bytes (profitability)"
     ONE_USE = "nothing else uses the value, and the body runs once (profitability)"
 
@@ -65,7 +65,7 @@ def refusal(
 
 
 def obstacle(
-    outer: EffectTable,
+    around: Sequence[EffectTable],
     call: Node,
     inner: Sequence[EffectTable],
     node: Node,
@@ -75,7 +75,7 @@ def obstacle(
     """The rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the call.
 
     Args:
-        outer: the effects of the graph that has the call.
+        around: the effects of the graph that has the call, and of those around it, in that order.
         inner: the effects of the bodies, that of ``node`` first.
         drawn_once: random numbers are drawn once for all runs of the body.
     """
@@ -85,11 +85,11 @@ def obstacle(
         return impure
     if not has_one_backward_for_all(table, node):
         return Rule.NOT_ADDITIVE
-    if not runs_under_the_modes_of_the_call(outer, call, table, node):
+    if not runs_under_the_modes_of_the_call(around[0], call, table, node):
         return Rule.MODES_DIFFER
     if any(is_an_input_written_inside(body, table, node) for body in inner):
         return Rule.ORIGINAL_WRITTEN
-    if is_an_input_written_around(outer, call, table, node):
+    if any(is_an_input_written_around(outer, table, node) for outer in around):
         return Rule.WRITTEN_AROUND
     if any(is_the_value_written_inside(body, table, node) for body in inner):
         return Rule.VALUE_WRITTEN
@@ -145,9 +145,7 @@ def is_an_input_written_inside(body: EffectTable, table: EffectTable, node: Node
     return body.written(table.of[node].reads)
 
 
-def is_an_input_written_around(
-    outer: EffectTable, call: Node, table: EffectTable, node: Node
-) -> bool:
+def is_an_input_written_around(outer: EffectTable, table: EffectTable, node: Node) -> bool:
     """Rule 2 for what backward runs again: would it read something else then?
 
     A checkpointed region is run again in backward, in eager code too, and reads originals as they
@@ -200,14 +198,13 @@ def is_too_large(node: Node, max_bytes: float) -> bool:
     return sum(t.numel() * t.element_size() for t in tensors_in(value_of(node))) > max_bytes
 
 
-def is_its_gradient_summed_in_reduced_precision(op: str, node: Node) -> bool:
+def is_its_gradient_summed_in_reduced_precision(node: Node) -> bool:
     """Would a loop sum the value's gradient, step by step, in bfloat16 or float16?
 
-    Eager code sums there too, but each step's gradient has gone back to the originals, which are
-    float32 under autocast. And torch 2.13's Inductor gets the sum wrong (by 70 % for a bfloat16
-    matrix that enters a ``scan`` under autocast, computed by hand outside as well). What the value
-    is computed from in full precision is moved out all the same.
+    Evaluated inside, each step's gradient goes on to the originals, in their precision. Outside,
+    torch 2.13's Inductor even gets the sum wrong (by 70 % for a bfloat16 matrix that enters a
+    ``scan`` under autocast, in source hoisted by hand as well). What the value is computed from in
+    full precision is moved out all the same.
     """
     value = value_of(node)
-    reduced = value.dtype in (torch.bfloat16, torch.float16)
-    return op in ("scan", "associative_scan", "map_impl") and reduced and value.requires_grad
+    return value.dtype in (torch.bfloat16, torch.float16) and bool(value.requires_grad)

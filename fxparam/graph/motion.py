@@ -129,7 +129,7 @@ def _movable(scope: Scope, moved: Moved) -> _Movable:
             continue
         drawn = [_is_drawn_once(c, node) for c in scope.contexts]
         why = [
-            obstacle(c.outer, c.call.node, _from(c.inner, c.index), node, drawn_once=once)
+            obstacle(c.around, c.call.node, _from(c.inner, c.index), node, drawn_once=once)
             for c, once in zip(scope.contexts, drawn, strict=True)
         ]
         refused = next((rule for rule in why if rule is not None), None)
@@ -305,7 +305,7 @@ def _stays_inside(
             on_every_path=sites.is_outside(number) or sites.on_every_path(number, context),
         ):
             return Rule.MAY_NOT_RUN
-        if is_its_gradient_summed_in_reduced_precision(context.call.op, node):
+        if context.loops and is_its_gradient_summed_in_reduced_precision(node):
             return Rule.REDUCED
         repeated |= context.loops or sites.is_repeated(number)
     if not repeated and not scope.looped:

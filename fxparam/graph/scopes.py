@@ -16,8 +16,6 @@ from fxparam.graph.effects import EffectTable
 
 __all__ = ["Context", "Scope", "scopes_of"]
 
-_LOOPS = {"scan", "associative_scan", "map_impl", "while_loop"}
-
 
 @dataclass(frozen=True)
 class Context:
@@ -32,7 +30,13 @@ class Context:
     @property
     def loops(self) -> bool:
         """The call runs its bodies more than once."""
-        return self.call.op in _LOOPS
+        return self.call.loops
+
+    @property
+    def around(self) -> list[EffectTable]:
+        """The effects of the graphs around the body, innermost first."""
+        above = (c.around for c in self.parent.contexts if c.inner[c.index] is self.outer)
+        return [self.outer, *next(above, [])]
 
 
 @dataclass(eq=False)

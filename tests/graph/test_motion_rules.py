@@ -142,6 +142,20 @@ def _checkpoint_twice_and_written_after(m: _Module, x: Tensor) -> Tensor:
     return y * m.p.sum()
 
 
+def _checkpoints_in_a_checkpoint_and_written_after(m: _Module, x: Tensor) -> Tensor:
+    def inner(y: Tensor) -> Tensor:
+        return E(m.b) @ y
+
+    def outer(y: Tensor) -> Tensor:
+        y = checkpoint(inner, y, use_reentrant=False)
+        return checkpoint(inner, y, use_reentrant=False)
+
+    with torch.no_grad():
+        y = checkpoint(outer, x.mT.contiguous(), use_reentrant=False)
+    m.b.mul_(0.5)
+    return y * m.p.sum()
+
+
 def _checkpoint_under_no_grad(m: _Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = checkpoint(lambda x: E(m.p) @ x.mT, x, use_reentrant=False)
@@ -207,6 +221,7 @@ CASES: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
     _checkpoint_twice: (1, 0, None),
     _checkpoint_twice_but_written: (0, 2, Rule.WRITTEN_AROUND),
     _checkpoint_twice_and_written_after: (0, 2, Rule.WRITTEN_AROUND),
+    _checkpoints_in_a_checkpoint_and_written_after: (0, 2, Rule.WRITTEN_AROUND),
     _checkpoint_under_no_grad: (0, 2, Rule.ONE_USE),
 }
 INFERENCE: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
