@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam._private import HigherOrderOperator, tree_flatten
-from fxparam.graph.nodes import body_of
+from fxparam.graph.nodes import body_of, tensors_in, value_of
 
 __all__ = ["is_backward_additive"]
 
@@ -27,7 +27,7 @@ _UNARY = {
     *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "reshape_as"),
     *("transpose", "permute", "t", "movedim", "swapaxes", "squeeze", "unsqueeze", "flip", "roll"),
     *("narrow", "select", "slice", "chunk", "split", "unbind", "diagonal", "diag_embed", "diag"),
-    *("sum", "mean", "cumsum", "sum_to_size", "tril", "triu", "pad", "repeat", "index_select"),
+    *("sum", "mean", "cumsum", "sum_to_size", "tril", "triu", "repeat", "index_select"),
     *("to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"),
     *("truediv", "div", "true_divide"),
 }
@@ -66,6 +66,8 @@ def _is_additive(body: GraphModule, gradients: set[Node]) -> bool:
         on = [a for a in node.all_input_nodes if a in depends]
         if name in _ZEROS:
             zeros.add(node)
+        if _may_write(node, name) and any(a in depends or a in zeros for a in node.all_input_nodes):
+            return False
         if not on or name in _ZEROS or _is_fact(node, name):
             continue
         if not _is_additive_step(node, name, on, depends, zeros):
@@ -80,12 +82,15 @@ def _is_additive_step(
     node: Node, name: str, on: list[Node], depends: set[Node], zeros: set[Node]
 ) -> bool:
     if _is_custom(node):
-        return True
+        return True  # believed
+    if not _is_continuous(node):
+        return False
     tensors = node.all_input_nodes
     if name == "getattr":
         return node.args[1] in _ATTRIBUTES
     if name in _UNARY:
-        return node.args[:1] == (on[0],) and len(on) == 1
+        alone = node.args[:1] == (on[0],) and _occurrences(node, on[0]) == len(on) == 1
+        return alone and "rounding_mode" not in node.kwargs
     if name in _BILINEAR:
         return len(on) == 1 and len(tensors) <= 2 and _occurrences(node, on[0]) == 1
     if name in _SUMS:
@@ -99,6 +104,16 @@ def _is_additive_step(
             b in depends or b in zeros if isinstance(b, Node) else b == 0 for b in branches
         )
     return False
+
+
+def _is_continuous(node: Node) -> bool:
+    """Whether every tensor in the value has a dtype of a gradient: a cast to another rounds."""
+    tensors = tensors_in(value_of(node))
+    return bool(tensors) and all(t.is_floating_point() or t.is_complex() for t in tensors)
+
+
+def _may_write(node: Node, name: str) -> bool:
+    return name == "setitem" or "out" in node.kwargs or name.endswith("_") and name[-2:] != "__"
 
 
 def _branches(node: Node, name: str) -> tuple[Any, list[Any]]:
