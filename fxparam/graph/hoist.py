@@ -86,7 +86,7 @@ def hoist(
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():
         refusals.update(result.refusals)
-    after = sites_of(scopes)
+    after = sites_of([scope for scope in scopes if scope.runs != 0])
     report = make_report(before, after, refusals, moved.origins, merged + moved.values)
     for module in changed:
         module.graph.lint()

@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fxparam.graph.bodies import Call
+from fxparam.graph.nodes import value_of
 
 __all__ = ["is_recomputed", "recompute_as_before"]
 
@@ -49,11 +50,15 @@ def recompute_as_before(
     operands: list[Node] = []
     for node in moved:
         for argument in node.all_input_nodes:
-            if argument not in entered and argument not in moved:
-                entered[argument] = graph.placeholder(argument.name)
-                entered[argument].target = entered[argument].name
-                entered[argument].meta = dict(argument.meta)
-                operands.append(argument)
+            if argument in entered:
+                continue
+            if argument.op == "get_attr":  # a body, of an autograd.Function
+                entered[argument] = graph.node_copy(argument)
+                continue
+            entered[argument] = graph.placeholder(argument.name)
+            entered[argument].target = entered[argument].name
+            entered[argument].meta = dict(argument.meta)
+            operands.append(argument)
         entered[node] = graph.node_copy(node, entered.__getitem__)
     graph.output(tuple(entered[copies[node]] for node in wanted))
     region = GraphModule(gm, graph)
@@ -66,13 +71,11 @@ def recompute_as_before(
         target = call.node.graph.get_attr(name)
         made = call.node.graph.call_function(op, (target, *operands), dict(call.node.kwargs))
         values = [copies[node] for node in wanted]
-        made.meta = {**call.node.meta, **_value(tuple(v.meta.get("example_value") for v in values))}
+        example = tuple(value_of(value) for value in values)
+        made.meta = {**call.node.meta, "example_value": example}
         for i, (node, value) in enumerate(zip(wanted, values, strict=True)):
             copies[node] = call.node.graph.call_function(operator.getitem, (made, i))
             copies[node].meta = dict(value.meta)
-    for node in reversed(moved):
+    bodies = [a for node in moved for a in node.all_input_nodes if a.op == "get_attr"]
+    for node in (*reversed(moved), *dict.fromkeys(bodies)):
         call.node.graph.erase_node(node)
-
-
-def _value(value: object) -> dict[str, object]:
-    return {"example_value": value}

@@ -60,9 +60,14 @@ class Scope:
 
     @property
     def runs(self) -> int | None:
-        """How many times one run of the outermost graph runs it; None if not known."""
+        """How many times one run of the outermost graph runs it; None if not known.
+
+        Zero once the calls that ran it were shared.
+        """
         total = 0 if self.contexts else 1
         for context in self.contexts:
+            if context.call.node._erased:
+                continue
             outer, inner = context.parent.runs, context.call.iterations
             if outer is None or inner is None:
                 return None

@@ -271,6 +271,29 @@ def test_a_selective_checkpoint_keeps_its_policy(policy: Any, forward: int) -> N
     assert counts == (forward, 1)
 
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class ByFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Squared.apply(x)
+
+
+def test_a_function_leaves_a_selective_checkpoint_with_its_bodies() -> None:
+    counts, report = _counted(_selective(SAVED), train=True, then=ByFunction())
+    assert counts == (1, 1)
+    assert report.entries[0].evaluations == 1
+
+
 def test_a_bfloat16_value_in_a_scan_keeps_its_gradient() -> None:
     # Computed outside, its gradient would be wrong by 70 % under Inductor.
     class Square(nn.Module):
