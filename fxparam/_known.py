@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node, Proxy
 
 from fxparam._private import FakeTensorMode, tree_flatten
+from fxparam.graph.ops import call
 
 __all__ = ["Known", "Propagation", "is_constant"]
 
@@ -43,15 +44,12 @@ class Propagation:
         if any("val" not in argument.meta for argument in node.all_input_nodes):
             return None
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        target: Any = node.target
 
-        def call() -> Any:
+        def run() -> Any:
             with self._mode:
-                if node.op == "call_method":
-                    return getattr(args[0], target)(*args[1:], **kwargs)
-                return target(*args, **kwargs)
+                return call(node, args, kwargs)
 
-        return self._safely(call)
+        return self._safely(run)
 
     def _safely(self, function: Callable[[], Any]) -> Any:
         self.running = True

@@ -16,6 +16,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,9 +184,8 @@ def is_opaque_reference(value: object) -> bool:
 
 def clear_trace_marks(keys: Iterable[str]) -> None:
     """Remove marks that a trace has left behind, as one does that was left out of order."""
-    marks = _lookup("torch.fx.traceback", "current_meta").get("custom") or {}
     for key in keys:
-        marks.pop(key, None)
+        trace_marks().pop(key, None)
 
 
 def trace_marks() -> dict[str, Any]:
@@ -281,7 +281,9 @@ def inductor_with(
     """
     inductor = _inductor_wrapper(mode, options, None)
     users = inductor.config.get("joint_custom_pre_pass", _inductor_config().joint_custom_pre_pass)
-    inductor.config["joint_custom_pre_pass"] = _JointPass.of(users, joint_pass)
+    # Inductor takes one pass, a list of them in newer versions.
+    before = users if isinstance(users, (list, tuple)) else [users] if users else []
+    inductor.config["joint_custom_pre_pass"] = _joint_pass(tuple(before), joint_pass)
     return inductor
 
 
@@ -289,28 +291,23 @@ def _inductor_config() -> Any:
     return importlib.import_module("torch._inductor.config")
 
 
-class _JointPass:
-    """Makes Inductor's joint-graph pass of a function, lazily: its base is slow to import."""
+@functools.cache
+def _joint_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
+    """Inductor's joint-graph pass of a function, made lazily: its base is slow to import."""
+    base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
+    hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
+    sources = tuple(map(str, sorted(Path(inspect.getfile(function)).parent.glob("*.py"))))
 
-    @staticmethod
-    @functools.cache
-    def of(users: Any, function: Callable[[Any], None]) -> Any:
-        base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
-        hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
-        # Inductor takes one pass, a list of them in newer versions.
-        before = users if isinstance(users, (list, tuple)) else [users] if users else []
+    def call(self: Any, graph: Any) -> None:
+        for each in (*before, function):
+            each(graph)
 
-        def call(self: Any, graph: Any) -> None:
-            for each in (*before, function):
-                each(graph)
+    def uuid(self: Any) -> Any:
+        """The key under which Inductor caches what was compiled with this pass."""
+        ids = [each.uuid() if isinstance(each, base) else None for each in before]
+        return None if None in ids else (hash_files(sources), *ids)
 
-        def uuid(self: Any) -> Any:
-            """The key under which Inductor caches what was compiled with this pass."""
-            ids = [each.uuid() if isinstance(each, base) else None for each in before]
-            own = hash_files((inspect.getfile(function),))
-            return None if None in ids else (own, *ids)
-
-        return type("JointPass", (base,), {"__call__": call, "uuid": uuid})()
+    return type("JointPass", (base,), {"__call__": call, "uuid": uuid})()
 
 
 def allow_scalar_outputs(values: Iterable[object]) -> None:

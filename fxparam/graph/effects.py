@@ -38,7 +38,6 @@ _RUNS_BODIES = {
     "autograd_function_apply",
     "wrap_activation_checkpoint",
     "wrap_with_autocast",
-    "wrap_with_set_grad_enabled",
 }
 
 
@@ -83,7 +82,8 @@ class EffectTable:
     Attributes:
         of: each node's effects.
         position: each node's place in the graph.
-        inputs: for each placeholder, the storages of its value.
+        writers: for each storage, the places of the nodes that write it, in order.
+        barriers: the places of the nodes that may write any.
         outputs: for each tensor that the graph returns, the storages it may live in.
         calls: the nodes that run bodies, with each body's own table.
     """

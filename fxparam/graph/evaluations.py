@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.graph.nodes import is_view
+from fxparam.graph.nodes import ancestors, is_view
 
 if TYPE_CHECKING:
     from fxparam.graph.derived import Derived
@@ -87,16 +87,8 @@ def sites_of(scopes: Iterable[Scope]) -> list[Evaluation]:
 
 def _described(node: Node) -> str:
     """``matrix_exp(p)`` for a value without a name of its own."""
-    inputs: dict[str, None] = {}
-    work, seen = [node], {node}
-    while work:
-        for argument in work.pop().all_input_nodes:
-            if argument in seen:
-                continue
-            seen.add(argument)
-            work.append(argument)
-            if argument.op in ("placeholder", "get_attr"):
-                inputs[_named(str(argument.target))] = None
+    sources = [n for n in ancestors([node]) if n.op in ("placeholder", "get_attr")]
+    inputs = {_named(str(source.target)) for source in sources}
     op = getattr(node.target, "__name__", str(node.target))
     return f"{op}({', '.join(sorted(inputs))})"
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxparam.graph.bodies import Call, call_of
+from fxparam.graph.bodies import Call
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import (
@@ -32,11 +32,12 @@ from fxparam.graph.legality import (
     runs_whenever_the_call_does,
 )
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
-from fxparam.graph.nodes import attribute_of, value_of
-from fxparam.graph.numbering import key_of
+from fxparam.graph.nodes import ancestors, attribute_of, value_of
+from fxparam.graph.operands import current_call, drop_operands, merge_operands, used_operands
 from fxparam.graph.recompute import is_recomputed, recompute_as_before
 from fxparam.graph.scopes import Context, Scope
 from fxparam.graph.share import Shared, erase_unused
+from fxparam.graph.sites import Movable, Sites
 
 __all__ = ["Moved", "move_out"]
 
@@ -56,31 +57,15 @@ class Moved:
     origins: dict[str, dict[Node, tuple[str, int | None]]] = field(default_factory=dict)
 
 
-@dataclass
-class _Movable:
-    """The nodes of one body that could be evaluated before each call of it.
-
-    Attributes:
-        nodes: in order.
-        stays: placeholders and attributes that are the same in each run.
-        numbers: for each context, what the nodes compute in terms of the graph around.
-    """
-
-    scope: Scope
-    nodes: dict[Node, None] = field(default_factory=dict)
-    stays: set[Node] = field(default_factory=set)
-    numbers: list[dict[Node, Hashable]] = field(default_factory=list)
-
-
 def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float) -> Moved:
     """One step of code motion, in every graph that has calls."""
     moved = Moved()
     groups = list(_groups(scopes))
     for group in groups:
-        moved.operands += _merge_operands(_calls(group))
+        moved.operands += merge_operands(_calls(group))
     for parent in scopes:
         mine = [group for group in groups if group[0].contexts[0].parent is parent]
-        sites = _Sites(parent, shared[parent])
+        sites = Sites(parent, shared[parent])
         movable = [[_movable(scope, moved) for scope in group] for group in mine]
         for bodies in movable:
             for body in bodies:
@@ -114,8 +99,8 @@ def _calls(group: list[Scope]) -> list[Context]:
     return list({context.call.node: context for context in group[0].contexts}.values())
 
 
-def _movable(scope: Scope, moved: Moved) -> _Movable:
-    found = _Movable(scope)
+def _movable(scope: Scope, moved: Moved) -> Movable:
+    found = Movable(scope)
     varying = len(scope.contexts[0].call.varying)
     placeholders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
     found.stays = set(placeholders[varying:])
@@ -160,80 +145,7 @@ def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
     return (tables[index], *tables[:index], *tables[index + 1 :])
 
 
-class _Sites:
-    """Where in a graph, and in the bodies it runs, a value is evaluated."""
-
-    def __init__(self, parent: Scope, shared: Shared) -> None:
-        self.parent, self.shared = parent, shared
-        self._fresh: dict[Hashable, Hashable] = {}
-        self._runs: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
-
-    def add(self, body: _Movable) -> None:
-        for context in body.scope.contexts:
-            numbers = self._numbers(body, context)
-            body.numbers.append(numbers)
-            for node in body.nodes:
-                self._runs[numbers[node]].add((context.call.node, context.index))
-
-    def _numbers(self, body: _Movable, context: Context) -> dict[Node, Hashable]:
-        call = _fresh_call(context)
-        given = (*call.varying, *call.operands)
-        placeholders = call.bodies[context.index].placeholders
-        outer = self.shared.number
-        numbers: dict[Node, Hashable] = {
-            p: outer.get(v, v) if isinstance(v, Node) else ("literal", id(v))
-            for p, v in zip(placeholders, given, strict=True)
-        }
-        for node in body.scope.gm.graph.nodes:
-            if node not in body.nodes and node not in body.stays or node.op == "placeholder":
-                continue
-            key = key_of(body.scope.gm, node, numbers)
-            first: Hashable = self._outside(key, context)
-            if first is None:
-                first = self._fresh.setdefault((key, _state(context, node)), object())
-            numbers[node] = first
-        return numbers
-
-    def _outside(self, key: Hashable, context: Context) -> Node | None:
-        """A node of the graph around that has the value of ``key`` when the call runs."""
-        for first in self.shared.firsts.get(key, ()):
-            if first.op == "get_attr":
-                return first
-            where = context.outer.position[first], context.outer.position[context.call.node]
-            reads = context.outer.of[first].reads
-            if context.outer.of[first].modes != context.outer.of[context.call.node].modes:
-                continue
-            if not context.outer.written(reads, min(where), max(where)):
-                return first
-        return None
-
-    def is_outside(self, number: Hashable) -> bool:
-        return isinstance(number, Node)
-
-    def on_every_path(self, number: Hashable, context: Context) -> bool:
-        """Whether the other bodies of the call evaluate it as well."""
-        others = set(range(len(context.call.bodies))) - {context.index}
-        return bool(others) and all((context.call.node, i) in self._runs[number] for i in others)
-
-    def is_repeated(self, number: Hashable) -> bool:
-        return self.is_outside(number) or len(self._runs[number]) > 1
-
-
-def _state(context: Context, node: Node) -> Hashable:
-    """What else two calls must have in common for a node to have one value in both."""
-    reads = context.inner[context.index].of[node].reads
-    where = context.outer.position[context.call.node]
-    return context.outer.of[context.call.node].modes, context.outer.writes(reads, before=where)
-
-
-def _fresh_call(context: Context) -> Call:
-    """The call as it is now: merging has replaced operands since it was looked at."""
-    call = call_of(context.parent.gm, context.call.node)
-    assert call is not None
-    return call
-
-
-def _move_group(group: list[_Movable], sites: _Sites, moved: Moved, max_bytes: float) -> None:
+def _move_group(group: list[Movable], sites: Sites, moved: Moved, max_bytes: float) -> None:
     """Move values out of the bodies of one call, or of several calls of the same bodies."""
     crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
     for index, body in enumerate(group):
@@ -244,10 +156,10 @@ def _move_group(group: list[_Movable], sites: _Sites, moved: Moved, max_bytes: f
     if not crossing:
         return
     contexts = _calls([body.scope for body in group])
-    used = _used_operands(contexts[0])
+    used = used_operands(contexts[0])
     firsts = [places[0] for places in crossing.values()]
     for context in contexts:
-        call = _fresh_call(context)
+        call = current_call(context)
         copies: dict[Node, Any] = {}
         for index, body in enumerate(group):
             wanted = [node for i, node in firsts if i == index]
@@ -256,11 +168,11 @@ def _move_group(group: list[_Movable], sites: _Sites, moved: Moved, max_bytes: f
         call.set_operands([*call.operands, *(copies[node] for _, node in firsts)])
     for places in crossing.values():
         _enter_as_operand(group, places)
-    _drop_operands(contexts, used - _used_operands(contexts[0]))
+    drop_operands(contexts, used - used_operands(contexts[0]))
     moved.values += len(crossing)
 
 
-def _crossing(body: _Movable, sites: _Sites, moved: Moved, max_bytes: float) -> list[Node]:
+def _crossing(body: Movable, sites: Sites, moved: Moved, max_bytes: float) -> list[Node]:
     """The values that what stays in the body reads."""
     found: dict[Node, None] = {}
     seen: set[Node] = set()
@@ -285,9 +197,7 @@ def _crossing(body: _Movable, sites: _Sites, moved: Moved, max_bytes: float) -> 
     return list(found)
 
 
-def _stays_inside(
-    body: _Movable, node: Node, sites: _Sites, max_bytes: float
-) -> Rule | bool | None:
+def _stays_inside(body: Movable, node: Node, sites: Sites, max_bytes: float) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
     scope = body.scope
     if node not in scope.derived.candidates or not isinstance(value_of(node), torch.Tensor):
@@ -322,19 +232,13 @@ def _is_view(table: EffectTable, node: Node) -> bool:
 
 
 def _copy_before(
-    call: Call, index: int, body: _Movable, wanted: list[Node], moved: Moved
+    call: Call, index: int, body: Movable, wanted: list[Node], moved: Moved
 ) -> dict[Node, Any]:
     """Evaluate nodes of a body in front of a call, with the operands of that call."""
     given = (*call.varying, *call.operands)
     copies: dict[Node, Any] = dict(zip(call.bodies[index].placeholders, given, strict=True))
-    needed: set[Node] = set()
-    work = list(wanted)
-    while work:
-        node = work.pop()
-        if node not in needed and node not in copies:
-            needed.add(node)
-            work.extend(node.all_input_nodes)
-    gm = next(iter(body.scope.contexts)).parent.gm
+    needed = ancestors(wanted, lambda node: node not in copies)
+    gm = body.scope.contexts[0].parent.gm
     with gm.graph.inserting_before(call.node):
         for node in body.scope.gm.graph.nodes:
             if node not in needed:
@@ -365,7 +269,7 @@ def _copy_attribute(gm: GraphModule, body: GraphModule, node: Node) -> Node:
     return copied
 
 
-def _enter_as_operand(group: list[_Movable], places: list[tuple[int, Node]]) -> None:
+def _enter_as_operand(group: list[Movable], places: list[tuple[int, Node]]) -> None:
     """Read a new placeholder, the last one of each body, in place of what was moved."""
     name = places[0][1].name
     for index, body in enumerate(group):
@@ -380,45 +284,3 @@ def _enter_as_operand(group: list[_Movable], places: list[tuple[int, Node]]) -> 
         for node in mine:
             node.replace_all_uses_with(entered)
         erase_unused(body.scope.gm, body.scope.tables[0], mine, moved=body.nodes)
-
-
-def _merge_operands(contexts: list[Context]) -> int:
-    """Make operands one that are the same in each call; ops refuse operands that alias."""
-    calls = [_fresh_call(context) for context in contexts]
-    seats: dict[tuple[int, ...], int] = {}
-    doubled: dict[int, int] = {}
-    for i, column in enumerate(zip(*(call.operands for call in calls), strict=True)):
-        if all(isinstance(value, Node) for value in column):
-            first = seats.setdefault(tuple(map(id, column)), i)
-            if first != i:
-                doubled[i] = first
-    if not doubled:
-        return 0
-    skip = len(calls[0].varying)
-    for body in calls[0].bodies:
-        placeholders = body.placeholders[skip:]
-        for i, first in doubled.items():
-            placeholders[i].replace_all_uses_with(placeholders[first])
-    _drop_operands(contexts, set(doubled))
-    return len(doubled)
-
-
-def _used_operands(context: Context) -> set[int]:
-    """Indices of the operands that a body reads."""
-    call = _fresh_call(context)
-    skip = len(call.varying)
-    columns = zip(*(body.placeholders[skip:] for body in call.bodies), strict=True)
-    return {i for i, column in enumerate(columns) if any(p.users for p in column)}
-
-
-def _drop_operands(contexts: list[Context], unused: set[int]) -> None:
-    """Take operands that nothing reads any more from the calls and from their bodies."""
-    bodies = _fresh_call(contexts[0]).bodies
-    for context in contexts:
-        call = _fresh_call(context)
-        call.set_operands([v for i, v in enumerate(call.operands) if i not in unused])
-    skip = len(contexts[0].call.varying)
-    for body in bodies:
-        for i, placeholder in enumerate(body.placeholders[skip:]):
-            if i in unused:
-                body.module.graph.erase_node(placeholder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam._private import storage_identity, tree_flatten
 
-__all__ = ["attribute_of", "body_of", "is_view", "tensors_in", "value_of"]
+__all__ = ["ancestors", "attribute_of", "body_of", "is_view", "tensors_in", "value_of"]
 
 
 def value_of(node: Node) -> Any:
@@ -32,6 +33,18 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """The graph that a node hands to a higher-order op, if it is one."""
     value = attribute_of(gm, node) if node.op == "get_attr" else None
     return value if isinstance(value, GraphModule) else None
+
+
+def ancestors(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda _: True) -> set[Node]:
+    """Nodes and what they are computed from, as far as a path of nodes ``within`` leads."""
+    found: set[Node] = set()
+    work = list(nodes)
+    while work:
+        node = work.pop()
+        if node not in found and within(node):
+            found.add(node)
+            work.extend(node.all_input_nodes)
+    return found
 
 
 def is_view(node: Node) -> bool:

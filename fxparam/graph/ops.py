@@ -28,7 +28,7 @@ from fxparam._private import (
 from fxparam.graph.literals import literal_key
 from fxparam.graph.nodes import tensors_in, value_of
 
-__all__ = ["UNKNOWN", "OpEffects", "Ops", "is_torch", "storage_of"]
+__all__ = ["UNKNOWN", "OpEffects", "Ops", "call", "is_torch", "storage_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def _observe(node: Node, fake_mode: Any) -> OpEffects:
         before = [_metadata(t) for t in leaves]
         args, kwargs = _substitute(node, fakes)
         with recorder:
-            result = _call(node, args, kwargs)
+            result = call(node, args, kwargs)
         if [_metadata(t) for t in leaves] != before:  # t_(), set_(), requires_grad_()
             return UNKNOWN
     outputs = tensors_in(result)
@@ -208,7 +208,8 @@ def _is_named_in_place(node: Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _call(node: Node, args: Any, kwargs: Any) -> Any:
+def call(node: Node, args: Any, kwargs: Any) -> Any:
+    """Do what a node does, with other arguments."""
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     target: Callable[..., Any] = node.target  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import EffectTable, analyze
 from fxparam.graph.legality import has_effects
+from fxparam.graph.nodes import ancestors
 
 __all__ = ["lift", "prologue_of", "subgraph"]
 
@@ -48,7 +49,9 @@ def prologue_of(gm: GraphModule, *, lasting: bool = False, returned: bool = Fals
             else _may_come_first(table, node)
         ):
             found[node] = None
-    return _needed(found, [n for n in found if n in derived.nodes])
+    # Of the constants, those that such a value is computed from.
+    needed = ancestors((n for n in found if n in derived.nodes), found.__contains__)
+    return [node for node in found if node in needed]
 
 
 def _may_come_first(table: EffectTable, node: Node) -> bool:
@@ -63,18 +66,6 @@ def _may_serve_later_runs(table: EffectTable, node: Node, returned: bool) -> boo
     if has_effects(table, node) is not None or table.written(effects.reads | effects.storages):
         return False
     return returned or not effects.storages & table.escaping
-
-
-def _needed(found: dict[Node, None], wanted: list[Node]) -> list[Node]:
-    """Of what could come first, what is wanted there and its inputs."""
-    needed: set[Node] = set()
-    work = list(wanted)
-    while work:
-        node = work.pop()
-        if node in found and node not in needed:
-            needed.add(node)
-            work.extend(node.all_input_nodes)
-    return [node for node in found if node in needed]
 
 
 def lift(gm: GraphModule) -> list[Node]:
@@ -96,13 +87,7 @@ def lift(gm: GraphModule) -> list[Node]:
 
 def subgraph(graph: Graph, values: list[Node]) -> tuple[Graph, list[Node]]:
     """A graph that computes some nodes' values alone, as a tuple, and the placeholders it reads."""
-    needed: set[Node] = set()
-    work = list(values)
-    while work:
-        node = work.pop()
-        if node not in needed:
-            needed.add(node)
-            work.extend(node.all_input_nodes)
+    needed = ancestors(values)
     new = Graph()
     copies: dict[Node, Node] = {}
     for node in graph.nodes:

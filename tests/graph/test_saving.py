@@ -56,3 +56,14 @@ def test_a_pass_of_the_users_own_still_runs() -> None:
     compiled = torch.compile(model, backend=fxparam.backend(joint_custom_pre_pass=Seen()))
     compiled(torch.randn(2, 3, dtype=torch.float64)).backward()
     assert Seen.graphs > 0
+
+
+def test_a_list_of_passes_of_the_users_own() -> None:
+    from fxparam._private import inductor_with
+
+    seen: list[str] = []
+    before = [lambda graph: seen.append("one"), lambda graph: seen.append("two")]
+    with torch._inductor.config.patch(joint_custom_pre_pass=before):
+        inductor = inductor_with(None, None, lambda graph: seen.append("ours"))
+    inductor.config["joint_custom_pre_pass"](torch.fx.Graph())
+    assert seen == ["one", "two", "ours"]

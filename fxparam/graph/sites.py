@@ -1,0 +1,103 @@
+"""Where a value is evaluated: in a graph, and in which of the bodies that it runs.
+
+Values of bodies are numbered in terms of the graph around, so that one number is one value wherever
+it is computed. A value that is evaluated in two places is worth moving; one that every path
+evaluates may be moved out of a branch (rule 6).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from fxparam.graph.numbering import key_of
+from fxparam.graph.operands import current_call
+from fxparam.graph.scopes import Context, Scope
+from fxparam.graph.share import Shared
+
+__all__ = ["Movable", "Sites"]
+
+
+@dataclass
+class Movable:
+    """The nodes of one body that could be evaluated before each call of it.
+
+    Attributes:
+        nodes: in order.
+        stays: placeholders and attributes that are the same in each run.
+        numbers: for each context, what the nodes compute in terms of the graph around.
+    """
+
+    scope: Scope
+    nodes: dict[Node, None] = field(default_factory=dict)
+    stays: set[Node] = field(default_factory=set)
+    numbers: list[dict[Node, Hashable]] = field(default_factory=list)
+
+
+class Sites:
+    """Where in a graph, and in the bodies it runs, a value is evaluated."""
+
+    def __init__(self, parent: Scope, shared: Shared) -> None:
+        self.parent, self.shared = parent, shared
+        self._fresh: dict[Hashable, Hashable] = {}
+        self._runs: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
+
+    def add(self, body: Movable) -> None:
+        for context in body.scope.contexts:
+            numbers = self._numbers(body, context)
+            body.numbers.append(numbers)
+            for node in body.nodes:
+                self._runs[numbers[node]].add((context.call.node, context.index))
+
+    def _numbers(self, body: Movable, context: Context) -> dict[Node, Hashable]:
+        call = current_call(context)
+        given = (*call.varying, *call.operands)
+        placeholders = call.bodies[context.index].placeholders
+        outer = self.shared.number
+        numbers: dict[Node, Hashable] = {
+            p: outer.get(v, v) if isinstance(v, Node) else ("literal", id(v))
+            for p, v in zip(placeholders, given, strict=True)
+        }
+        for node in body.scope.gm.graph.nodes:
+            if node not in body.nodes and node not in body.stays or node.op == "placeholder":
+                continue
+            key = key_of(body.scope.gm, node, numbers)
+            first: Hashable = self._outside(key, context)
+            if first is None:
+                first = self._fresh.setdefault((key, _state(context, node)), object())
+            numbers[node] = first
+        return numbers
+
+    def _outside(self, key: Hashable, context: Context) -> Node | None:
+        """A node of the graph around that has the value of ``key`` when the call runs."""
+        for first in self.shared.firsts.get(key, ()):
+            if first.op == "get_attr":
+                return first
+            where = context.outer.position[first], context.outer.position[context.call.node]
+            reads = context.outer.of[first].reads
+            if context.outer.of[first].modes != context.outer.of[context.call.node].modes:
+                continue
+            if not context.outer.written(reads, min(where), max(where)):
+                return first
+        return None
+
+    def is_outside(self, number: Hashable) -> bool:
+        return isinstance(number, Node)
+
+    def on_every_path(self, number: Hashable, context: Context) -> bool:
+        """Whether the other bodies of the call evaluate it as well."""
+        others = set(range(len(context.call.bodies))) - {context.index}
+        return bool(others) and all((context.call.node, i) in self._runs[number] for i in others)
+
+    def is_repeated(self, number: Hashable) -> bool:
+        return self.is_outside(number) or len(self._runs[number]) > 1
+
+
+def _state(context: Context, node: Node) -> Hashable:
+    """What else two calls must have in common for a node to have one value in both."""
+    reads = context.inner[context.index].of[node].reads
+    where = context.outer.position[context.call.node]
+    return context.outer.of[context.call.node].modes, context.outer.writes(reads, before=where)
