@@ -17,8 +17,7 @@ class Contestant:
     name: as given to ``--contestant``.
     about: one line.
     source: the model as written, with its weights read once by hand, or without parametrizations.
-    region: what the model's call, or its step, is put in: torch's ``cached()``, or the wider scope
-        that fxparam is asked for.
+    region: what the model's call is put in: torch's ``cached()``, or what fxparam is asked for.
     compiler: None for eager.
     freezing: Inductor's option that folds weights into constants, for inference.
     """
@@ -73,7 +72,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("fxparam", "fxparam as written", compiler="fxparam"),
         Contestant(
             "fxparam-scope",
-            "fxparam asked for a wider scope: cached(), call, accumulate(), frozen, fold",
+            "fxparam asked for more: cached() where evaluations have effects, fold in export",
             region="fxparam",
             compiler="fxparam",
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import tempfile
 import types
 from collections.abc import Callable
@@ -51,15 +50,13 @@ class Program:
     inputs: Inputs
     body: Step
     setting: Setting = field(default_factory=Setting)
-    around: Callable[[], Any] = contextlib.nullcontext
     plain: bool = False
 
     def reset(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
     def step(self, forward_done: Callable[[], None] = lambda: None) -> list[Tensor]:
-        with self.around():
-            outputs = self.body(self.model, self.run, self.inputs, forward_done)
+        outputs = self.body(self.model, self.run, self.inputs, forward_done)
         return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
     def gradients(self) -> dict[str, Tensor] | None:
@@ -103,13 +100,9 @@ def program(
     if counting:
         count_evaluations(model)
     inputs = inputs_of(case, size, setting)
-    around: Callable[[], Any] = contextlib.nullcontext
-    if contestant.region == "fxparam" and case.scope == "accumulate":
-        _needs(hasattr(fxparam, "accumulate"), "accumulate()")
-        around = lambda: fxparam.accumulate(model)  # noqa: E731
     run = _autocast(_run(case, contestant, model), setting)
     step = case.step_of(contestant.source == "by hand")
-    return Program(model, run, inputs, step, setting, around, contestant.source == "plain")
+    return Program(model, run, inputs, step, setting, contestant.source == "plain")
 
 
 def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:
@@ -146,37 +139,20 @@ def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
     if contestant.region == "torch":
         return torch.compile(_own_code(_in_region(model)), backend=contestant.compiler, **options)
     if contestant.region == "fxparam":
-        return _in_wider_scope(case, model, options)
+        fxparam.adopt(model)
+        run = _own_code(_in_region(model, fxparam.cached))
+        return torch.compile(run, backend="fxparam", **options)
     return torch.compile(model, backend=contestant.compiler, **options)
 
 
-def _in_region(model: nn.Module) -> Callable[..., Any]:
+def _in_region(
+    model: nn.Module, region: Callable[[], Any] = parametrize.cached
+) -> Callable[..., Any]:
     def run(*inputs: Tensor) -> Any:
-        with parametrize.cached():
+        with region():
             return model(*inputs)
 
     return run
-
-
-def _in_wider_scope(case: Case, model: nn.Module, options: dict[str, Any]) -> Run:
-    if case.scope == "cached":
-        fxparam.adopt(model)
-
-        def run(*inputs: Tensor) -> Any:
-            with fxparam.cached():
-                return model(*inputs)
-
-        return torch.compile(_own_code(run), backend="fxparam", **options)
-    if case.scope == "accumulate":
-        return torch.compile(model, backend="fxparam", **options)
-    known = "scope" in inspect.signature(fxparam.compile).parameters
-    _needs(known, f"compile(scope={case.scope!r})")
-    return fxparam.compile(model, scope=case.scope, **options)
-
-
-def _needs(there: bool, what: str) -> None:
-    if not there:
-        raise NotImplementedError(f"fxparam {fxparam.__version__} has no {what}")
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,10 +201,7 @@ def _exported(contestant: Contestant, model: nn.Module) -> Run:
         return _in_region(model) if contestant.region == "torch" else model
     export = torch.export.export
     if contestant.compiler == "fxparam":
-        export = getattr(fxparam, "export", None)
-        _needs(callable(export), "export()")
-        if contestant.region == "fxparam":
-            export = partial(export, fold=True)
+        export = partial(fxparam.export, fold=contestant.region == "fxparam")
     source = _Region(model) if contestant.region == "torch" else model
     options = {"freezing": True} if contestant.freezing else {}
     loaded: list[Run] = []

@@ -175,6 +175,12 @@ def _steps(model: nn.Module, run: Callable[..., Any], x: Tensor) -> Iterator[lis
         ]
 
 
+def _check(compiled: Any, twin: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """A compiled model does what its twin does in eager code, step by step."""
+    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
+        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     "body",
@@ -191,8 +197,7 @@ def test_equals_eager_in_one_graph(body: Callable[..., Any], wrap: str) -> None:
     fx = fxparam.backend("aot_eager")
     compiled = torch.compile(twin, backend=fx, fullgraph=True)
     x = torch.randn(2, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
     if body in BODIES:
         (entry,) = fx.reports[0].entries
         left = FEWER_WHEN_PURE.get(body, BODIES[body]) if wrap == "pure" else BODIES[body]
@@ -216,8 +221,7 @@ def test_other_backends_keep_the_region_of_eager_code(backend: str, wrap: str) -
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=backend)
     x = torch.randn(2, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
 
 
 def test_a_frame_resumed_after_a_graph_break_knows_its_region() -> None:
@@ -230,8 +234,7 @@ def test_a_frame_resumed_after_a_graph_break_knows_its_region() -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(2, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
 
 
 def test_a_graph_break_in_a_region_leaves_it_to_eager_code() -> None:
@@ -245,8 +248,7 @@ def test_a_graph_break_in_a_region_leaves_it_to_eager_code() -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(2, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
 
 
 def _scan_in_a_region(m: Model, x: Tensor) -> Tensor:
@@ -276,8 +278,7 @@ def test_a_region_around_a_loop_holds_for_its_body(wrap: str) -> None:
     twin.body = _scan_in_a_region
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
     x = torch.randn(4, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
 
 
 def test_what_cannot_be_moved_is_refused() -> None:
@@ -354,11 +355,9 @@ def test_what_marks_cannot_tell_is_left_to_eager_code(body: Callable[..., Any], 
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(3, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)
     # Nor does it leave anything to later code.
     model, twin = (Model(wrap, _two_regions) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    _check(compiled, twin, model, x)

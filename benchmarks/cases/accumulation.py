@@ -69,7 +69,6 @@ CASES = [
         by_hand=GivenWeight,
         inputs=_micro_batches,
         grows="steps",
-        scope="accumulate",
         step=_accumulate,
         by_hand_step=_accumulate_by_hand,
     ),

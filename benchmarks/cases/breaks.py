@@ -57,6 +57,5 @@ CASES = [
         by_hand=BrokenByHand,
         inputs=sequence,
         grows="steps",
-        scope="call",
     ),
 ]

@@ -79,7 +79,7 @@ class Case:
         the one as written, and contestants that share are checked against eager under ``cached()``.
     exported: whether what is compiled is exported and goes to AOTInductor.
     fullgraph: as ``torch.compile``'s, for every contestant that compiles.
-    scope: the wider scope that fxparam can be asked for here.
+    scope: what fxparam can be asked for here, beyond what it does unasked.
     step, by_hand_step: what is timed; the second for the source hoisted by hand, if it differs.
     jax: ``(parameters, inputs, by_hand) -> output`` in JAX, from parameters under torch's names.
     quick: whether it is among the cases of ``--quick``.
@@ -97,7 +97,7 @@ class Case:
     effects: bool = False
     exported: bool = False
     fullgraph: bool = False
-    scope: Literal["cached", "call", "accumulate", "frozen"] | None = None
+    scope: Literal["cached", "fold"] | None = None
     step: Step | None = None
     by_hand_step: Step | None = None
     jax: Callable[[dict[str, Any], Sequence[Any], bool], Any] | None = None

@@ -16,7 +16,6 @@ CASES = [
         inputs=sequence,
         grows="steps",
         train=False,
-        scope="frozen",
     ),
     Case(
         name="export",
@@ -27,6 +26,6 @@ CASES = [
         grows="steps",
         train=False,
         exported=True,
-        scope="frozen",
+        scope="fold",
     ),
 ]

@@ -102,7 +102,6 @@ CASES = [
         grows="steps",
         size=Size(steps=32, layers=4, width=32, batch=8),
         train=False,
-        scope="frozen",
         **_COMMON,
     ),
 ]
