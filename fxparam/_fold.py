@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from fxparam.graph import hoist
+from fxparam.graph.bodies import call_of
 from fxparam.graph.derived import PARAMETER
 from fxparam.graph.effects import EffectTable, analyze
 from fxparam.graph.evaluations import owner
@@ -36,6 +38,7 @@ __all__ = ["fold"]
 
 # ``cell.parametrizations.weight.original0``, or a buffer of a parametrization.
 _ORIGINAL = re.compile(r"(.+\.)??parametrizations\.([^.]+)\..+")
+_IN_A_BODY = "it is evaluated in the body of a loop or branch alone"
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -55,7 +58,9 @@ def fold(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         ValueError: a parametrization draws random numbers, writes (spectral norm in training
-            does), or depends on the program's inputs; the message names the tensor.
+            does), depends on the program's inputs, or is evaluated only in a body that may not
+            run; the message names the tensor. Decomposed solvers (``orthogonal`` by Cayley's map)
+            check for singular matrices, which counts as an effect: fold before decomposing.
 
     Example:
         >>> import torch
@@ -79,12 +84,13 @@ def fold(program: ExportedProgram) -> ExportedProgram:
             node.meta[PARAMETER] = spec.target
     drop_identities(gm)
     hoist(gm)
-    values, parts = _values(gm)
+    values, parts = _values(gm, signature.buffers_to_mutate)
     held: dict[str, Any] = {**program.state_dict, **program.constants}
     state = dict(program.state_dict)
     for node, tensor in _evaluate(gm, list(values), specs, held).items():
         _put_in_place(gm, specs, state, node, values[node], tensor)
     gone = _drop_originals(gm, specs, parts)
+    _refuse_originals_of_bodies(gm, specs)
     inputs = [specs[node] for node in gm.graph.find_nodes(op="placeholder")]
     return ExportedProgram(
         root=gm,
@@ -142,7 +148,15 @@ def _inline_grad_mode_blocks(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def _values(gm: GraphModule) -> tuple[dict[Node, str], dict[Node, str]]:
+def _refuse_originals_of_bodies(gm: GraphModule, specs: dict[Node, InputSpec]) -> None:
+    """Raise if a body still evaluates; non-strict export says of no node in it whose it is."""
+    for node, spec in specs.items():
+        original = _ORIGINAL.fullmatch(str(spec.target))
+        if original is not None and any(call_of(gm, user) for user in node.users):
+            raise _refusal((original[1] or "") + original[2], _IN_A_BODY)
+
+
+def _values(gm: GraphModule, written: Mapping[str, str]) -> tuple[dict[Node, str], dict[Node, str]]:
     """The nodes whose values the rest of the graph reads, with the tensors' names; and all nodes
     of evaluations.
 
@@ -154,6 +168,8 @@ def _values(gm: GraphModule) -> tuple[dict[Node, str], dict[Node, str]]:
     parts = _parts(gm, first)
     effects = {parts.get(n): rule for n in gm.graph.nodes if (rule := has_effects(table, n))}
     for node, name in parts.items():
+        if node.name in written:  # decomposed: what a buffer becomes is an output
+            raise _refusal(name, Rule.WRITES.value)
         if node not in first and not _says_nothing(node):
             raise _refusal(name, effects[name].value if name in effects else _why(table, node))
     found = {
@@ -166,7 +182,7 @@ def _values(gm: GraphModule) -> tuple[dict[Node, str], dict[Node, str]]:
             for node in body.graph.nodes:
                 site = owner(node)
                 if site is not None and site[1] not in found.values():
-                    raise _refusal(site[1], "it is evaluated in the body of a loop or branch alone")
+                    raise _refusal(site[1], _IN_A_BODY)
     return found, parts
 
 
@@ -213,11 +229,12 @@ def _why(table: EffectTable, node: Node) -> str:
 
 
 def _refusal(name: str, why: str) -> ValueError:
+    way_out = "Export the model in eval() mode" if why != _IN_A_BODY else "Read it in front of that"
     return ValueError(
         f"fold evaluates {name} once and for all, which would change the program.\n"
         "required: parametrizations that write nothing, draw no random numbers and depend on "
         f"parameters and buffers alone\nfound: {name}: {why}\n"
-        "Export the model in eval() mode, or without fold."
+        f"{way_out}, or export without fold."
     )
 
 

@@ -72,9 +72,9 @@ class Tracer(torch.fx.Tracer):
         try:
             with grad_mode, self._buffers_rebound_in_the_graph(), _no_other_modes(self._known):
                 return super().trace(root, concrete_args)
-        except TraceError as error:
-            if isinstance(error, _CannotTraceError):
-                raise
+        except _CannotTraceError:
+            raise
+        except Exception as error:
             raise _CannotTraceError("the model", root, error) from error
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
@@ -304,6 +304,14 @@ def _traced(root: Any, concrete_args: dict[str, Any] | None) -> GraphModule:
     held = skeleton(root, leaves)
     for name, constant in constants.items():
         held.register_buffer(name, constant, persistent=False)
+    for node in graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        module, value = held.get_submodule(path), _attribute(root, str(node.target))
+        if not hasattr(module, name):  # a plain attribute: a tensor, or an opaque object
+            if isinstance(value, torch.Tensor):
+                module.register_buffer(name, value, persistent=False)
+            else:
+                setattr(module, name, value)
     return TracedModule(held, graph, _name(root))
 
 

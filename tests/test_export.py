@@ -338,3 +338,40 @@ def test_ahead_of_time_inductor(fold: bool, tmp_path: Any) -> None:
         )
         run = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(run(x), model(x))
+
+
+class _Normed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = x.norm()
+        return x / norm
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_parametrization_with_a_no_grad_block_in_it(fold: bool, strict: bool) -> None:
+    model = Cell(lambda m, name: parametrize.register_parametrization(m, name, _Normed()))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    program = fxparam.export(model, (x,), fold=fold, strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_folding_what_only_a_branch_evaluates_is_refused(strict: bool) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = weight_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.cell(x), lambda x: x.sin(), (x,))
+
+    with pytest.raises(ValueError, match="cell.weight: it is evaluated in the body"):
+        fxparam.export(Branch(), (torch.ones(2, 4),), fold=True, strict=strict)
+
+
+def test_folding_a_decomposed_program_that_writes_is_refused() -> None:
+    layer = spectral_norm(nn.Linear(4, 4))
+    program = torch.export.export(layer, (torch.ones(2, 4),)).run_decompositions()
+    with pytest.raises(ValueError, match="found: weight: the evaluation writes"):
+        fxparam.fold(program)

@@ -386,3 +386,42 @@ class TestHoist:
         assert helpers.counted(lambda: program.module()(x))[0] == 1
         (entry,) = result.report.entries
         assert (entry.name, entry.accesses, entry.evaluations) == ("cell.weight", 6, 1)
+
+
+class _Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.ones(5, 5, dtype=torch.float64)  # no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_plain_tensor_attribute(share: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 5, dtype=torch.float64))
+    parametrize.register_parametrization(model[0], "weight", _Shifted())
+    gm = fxparam.symbolic_trace(model, share=share)
+    x = _input()
+    torch.testing.assert_close(gm(x), model(x))
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(gm))(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x + torch.zeros(x.shape[0], 4),
+        lambda x: x * float(x.sum()),
+        lambda x: [x + i for i in range(x.shape[0])],
+    ],
+)
+def test_what_cannot_be_traced_without_example_inputs_says_so(forward: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return forward(x)
+
+    with pytest.raises(
+        torch.fx.proxy.TraceError, match=r"the model \(Model\)(.|\n)*example_inputs="
+    ):
+        fxparam.symbolic_trace(Model())

@@ -83,7 +83,7 @@ def _is_additive_step(
 ) -> bool:
     if _is_custom(node):
         return True  # believed
-    if not _is_continuous(node):
+    if not _is_continuous(node) or _is_narrower(node, on):
         return False
     tensors = node.all_input_nodes
     if name == "getattr":
@@ -110,6 +110,13 @@ def _is_continuous(node: Node) -> bool:
     """Whether every tensor in the value has a dtype of a gradient: a cast to another rounds."""
     tensors = tensors_in(value_of(node))
     return bool(tensors) and all(t.is_floating_point() or t.is_complex() for t in tensors)
+
+
+def _is_narrower(node: Node, on: list[Node]) -> bool:
+    """Whether the value has fewer bits than what it is computed from: rounding is not additive."""
+    of = [torch.finfo(t.dtype) for n in on for t in tensors_in(value_of(n))]
+    into = [torch.finfo(t.dtype) for t in tensors_in(value_of(node))]
+    return any(b.eps > a.eps or b.max < a.max for a in of for b in into)
 
 
 def _may_write(node: Node, name: str) -> bool:

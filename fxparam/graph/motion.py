@@ -33,7 +33,13 @@ from fxparam.graph.legality import (
 )
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
 from fxparam.graph.nodes import ancestors, attribute_of, value_of
-from fxparam.graph.operands import current_call, drop_operands, merge_operands, used_operands
+from fxparam.graph.operands import (
+    current_call,
+    drop_operands,
+    merge_operands,
+    used_operands,
+    with_gradient_laid_out_alike,
+)
 from fxparam.graph.recompute import is_recomputed, recompute_as_before
 from fxparam.graph.scopes import Context, Scope
 from fxparam.graph.share import Shared, erase_unused
@@ -83,7 +89,9 @@ def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
     groups: dict[frozenset[Node], dict[int, Scope]] = defaultdict(dict)
     places: dict[Scope, set[tuple[Scope, int]]] = defaultdict(set)
     for scope in scopes:
-        calls = frozenset(c.call.node for c in scope.contexts)
+        calls = frozenset(c.call.node for c in scope.contexts if not c.call.node._erased)
+        if not calls:  # all were shared with a call of another body
+            continue
         for context in scope.contexts:
             groups[calls][context.index] = scope
             places[scope].add((context.parent, context.index))
@@ -96,7 +104,8 @@ def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
 
 def _calls(group: list[Scope]) -> list[Context]:
     """The calls of a group, each once."""
-    return list({context.call.node: context for context in group[0].contexts}.values())
+    contexts = {context.call.node: context for context in group[0].contexts}
+    return [context for node, context in contexts.items() if not node._erased]
 
 
 def _movable(scope: Scope, moved: Moved) -> Movable:
@@ -167,7 +176,7 @@ def _move_group(group: list[Movable], sites: Sites, moved: Moved, max_bytes: flo
             recompute_as_before(call, body.scope.gm, wanted, copies)
         call.set_operands([*call.operands, *(copies[node] for _, node in firsts)])
     for places in crossing.values():
-        _enter_as_operand(group, places)
+        _enter_as_operand(group, places, contexts[0].call.branches)
     drop_operands(contexts, used - used_operands(contexts[0]))
     moved.values += len(crossing)
 
@@ -269,7 +278,7 @@ def _copy_attribute(gm: GraphModule, body: GraphModule, node: Node) -> Node:
     return copied
 
 
-def _enter_as_operand(group: list[Movable], places: list[tuple[int, Node]]) -> None:
+def _enter_as_operand(group: list[Movable], places: list[tuple[int, Node]], branches: bool) -> None:
     """Read a new placeholder, the last one of each body, in place of what was moved."""
     name = places[0][1].name
     for index, body in enumerate(group):
@@ -280,6 +289,8 @@ def _enter_as_operand(group: list[Movable], places: list[tuple[int, Node]]) -> N
             entered = graph.placeholder(name)
         entered.target = entered.name  # an argument's name, which must be its own
         entered.meta = dict(places[0][1].meta)
+        if branches:
+            entered = with_gradient_laid_out_alike(entered)
         mine = [node for i, node in places if i == index]
         for node in mine:
             node.replace_all_uses_with(entered)

@@ -5,9 +5,16 @@ from __future__ import annotations
 from torch.fx import Node
 
 from fxparam.graph.bodies import Call, call_of
+from fxparam.graph.nodes import value_of
 from fxparam.graph.scopes import Context
 
-__all__ = ["current_call", "drop_operands", "merge_operands", "used_operands"]
+__all__ = [
+    "current_call",
+    "drop_operands",
+    "merge_operands",
+    "used_operands",
+    "with_gradient_laid_out_alike",
+]
 
 
 def current_call(context: Context) -> Call:
@@ -36,6 +43,38 @@ def merge_operands(contexts: list[Context]) -> int:
             placeholders[i].replace_all_uses_with(placeholders[first])
     drop_operands(contexts, set(doubled))
     return len(doubled)
+
+
+def with_gradient_laid_out_alike(operand: Node) -> Node:
+    """The operand of a branch, seen so that its gradient has the operand's strides in every branch.
+
+    torch 2.13's ``cond`` refuses branches whose gradients have different strides, which ``h @ w``
+    and ``linear(h, w)`` give. The backward of a view of a flat view lays a gradient out anew; views
+    cost nothing. What is not dense, or of a size that is not known, is left as it is.
+    """
+    value = value_of(operand)
+    sizes = tuple(value.shape)
+    if not value.requires_grad or not all(isinstance(size, int) for size in sizes):
+        return operand
+    order = sorted(range(value.dim()), key=lambda i: (-value.stride(i), i))
+    if not value.permute(order).is_contiguous():
+        return operand
+    back = tuple(order.index(i) for i in range(len(order)))
+    seen = operand
+    for method, argument in (
+        ("permute", tuple(order)),
+        ("reshape", (-1,)),
+        ("reshape", tuple(sizes[i] for i in order)),
+        ("permute", back),
+    ):
+        if method == "permute" and argument == tuple(range(len(argument))):
+            continue
+        value = getattr(value, method)(argument)
+        with operand.graph.inserting_after(seen):
+            seen = operand.graph.call_method(method, (seen, argument))
+        key = "example_value" if "example_value" in operand.meta else "val"
+        seen.meta = {**operand.meta, key: value}
+    return seen
 
 
 def used_operands(context: Context) -> set[int]:

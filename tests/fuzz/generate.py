@@ -9,7 +9,7 @@ from tests.fuzz.program import Holder, Link, Program
 
 _PURE = (
     *("Symmetric", "Skew", "Exponential", "Mask", "LowRank", "Scaled", "Softplus"),
-    *("Identity", "Transposed", "WorksInPlace"),
+    *("Identity", "Transposed", "WorksInPlace", "Quantised", "Bounded"),
 )
 _IMPURE = ("DropoutMask", "Counter", "spectral_norm", "Normalized")
 _FIRST = ("orthogonal", "cayley", "weight_norm", "Product")

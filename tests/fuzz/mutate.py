@@ -53,6 +53,7 @@ _NUMBERING = "fxparam.graph.numbering"
 RULES: dict[str, tuple[str, str, Mutation]] = {
     "1: literals, types and signs": ("literal_key", _NUMBERING, lambda _: _literals_without_type),
     "1: the same original": ("_key", _NUMBERING, _any_original),
+    "1: one backward for all": ("has_one_backward_for_all", _EVERYWHERE, _always(True)),
     "2: an original written between": ("is_an_input_written_between", _EVERYWHERE, _always(False)),
     "2: an original written in a body": ("is_an_input_written_inside", _EVERYWHERE, _always(False)),
     "2: an original written around the call": (

@@ -133,6 +133,38 @@ class WorksInPlace(nn.Module):
         return y
 
 
+class Quantised(nn.Module):
+    """Steps forward, straight through in backward, which is additive in the gradient."""
+
+    class StraightThrough(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x - torch.sin(8 * x) / 8
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.StraightThrough.apply(x)
+
+
+class Bounded(nn.Module):
+    """Bounds the gradient: that of a sum is not the sum of those of its terms."""
+
+    class BoundGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 1.5 * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient / (1 + gradient.abs())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.BoundGradient.apply(x)
+
+
 class Product(nn.Module):
     """Two originals."""
 

@@ -128,6 +128,8 @@ def ingredients(program: Program) -> set[str]:
 _HEAD = '''\
 """Program {seed} of tests/fuzz. From the repository: PYTHONPATH=. python {seed}.py"""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations

@@ -38,6 +38,7 @@ class Record:
     seen: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None
     merged: int = 0
+    autocast: bool = False
 
 
 Inner = str | Callable[..., Any]

@@ -51,6 +51,8 @@ BACKWARDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "over itself": (lambda g, x: g / g, False),
     "rounded down": (lambda g, x: torch.div(g, 0.25, rounding_mode="floor"), False),
     "rounded by a cast": (lambda g, x: (4 * g).to(torch.int64).to(g.dtype), False),
+    "rounded to float32": (lambda g, x: g.to(torch.float32).to(g.dtype), False),
+    "overflowing in float16": (lambda g, x: (3e4 * g).half().double(), False),
     "padded with ones": (lambda g, x: nn.functional.pad(g[1:], (0, 0, 1, 0), value=1.0), False),
     "zeros that are filled": (lambda g, x: torch.zeros_like(g).fill_(0.5), False),
     "zeros that are set": (lambda g, x: _set(torch.zeros_like(g)), False),

@@ -319,3 +319,33 @@ def test_a_bfloat16_value_in_a_scan_keeps_its_gradient() -> None:
         out.float().square().sum().backward()
         grads.append(model.p.grad)
     assert (grads[1] - grads[0]).norm() < 0.02 * grads[0].norm()
+
+
+@pytest.mark.parametrize("dense", ["contiguous", "transposed"])
+@pytest.mark.parametrize("unread", [False, True])
+def test_branches_whose_gradients_have_different_strides(dense: str, unread: bool) -> None:
+    """torch's ``cond`` refuses these for a weight that enters it, as hoisted by hand."""
+
+    class Map(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sinh(x if dense == "contiguous" else x.mT)
+
+    def body(m: Cell, x: Tensor) -> Tensor:
+        def one(h: Tensor) -> Tensor:
+            return h @ m.cell.weight + 0
+
+        def other(h: Tensor) -> Tensor:
+            return h + 1 if unread else nn.functional.linear(h, m.cell.weight) + 0
+
+        return torch.cond(x.sum() > 0, one, other, (x @ m.cell.weight,))
+
+    model = Cell(body)
+    parametrize.remove_parametrizations(model.cell, "weight")
+    parametrize.register_parametrization(model.cell, "weight", Map())
+    for sign in (1, -1):
+        model.zero_grad()
+        x = sign * torch.rand(2, 3, dtype=torch.float64)
+        fx = fxparam.backend("aot_eager")
+        helpers.check_against_eager(model, fx, x)
+        assert fx.last_report is not None and fx.last_report.entries[0].evaluations == 1
+        torch.compiler.reset()
