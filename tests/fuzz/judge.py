@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 import importlib.util
-import inspect
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -98,7 +97,7 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
     expected = in_eager(script)
     if expected.error is not None:
         return Judgement(Verdict.INVALID, {"raises": repr(expected.error)})
-    expected.autocast = "autocast" in inspect.getsource(script.Model.forward)
+    expected.autocast = script.AUTOCAST
     actual = by_fxparam(script, inner)
     found = differences(expected, actual)
     if not found:

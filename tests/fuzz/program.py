@@ -141,6 +141,7 @@ from tests.fuzz.pieces import cond, map_rows, scan, squash, while_loop
 
 SIZE, DTYPE = {size}, torch.{dtype}
 INNER, GRAD, CALLER_WRITES = "{inner}", {grad}, {caller_writes}
+AUTOCAST = {autocast}
 
 
 def values(seed: int) -> Tensor:
@@ -167,7 +168,7 @@ def render(program: Program) -> str:
     """The script."""
     used = {link.kind for holder in program.holders for link in holder.chain}
     used |= {"Computed" if h.api == "property" else "Cell" for h in program.holders}
-    parts = [_HEAD.format(**vars(program))]
+    parts = [_HEAD.format(**vars(program), autocast="autocast" in ingredients(program))]
     for name, piece in vars(pieces).items():
         if name in used:
             parts.append(inspect.getsource(piece))
