@@ -116,7 +116,7 @@ def _is_narrower(node: Node, on: list[Node]) -> bool:
     """Whether the value has fewer bits than what it is computed from: rounding is not additive."""
     of = [torch.finfo(t.dtype) for n in on for t in tensors_in(value_of(n))]
     into = [torch.finfo(t.dtype) for t in tensors_in(value_of(node))]
-    return any(b.eps > a.eps or b.max < a.max for a in of for b in into)
+    return not of or any(b.eps > a.eps or b.max < a.max for a in of for b in into)
 
 
 def _may_write(node: Node, name: str) -> bool:

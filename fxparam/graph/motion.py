@@ -70,7 +70,7 @@ def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float)
     for group in groups:
         moved.operands += merge_operands(_calls(group))
     for parent in scopes:
-        mine = [group for group in groups if group[0].contexts[0].parent is parent]
+        mine = [group for group in groups if group[0].live[0].parent is parent]
         sites = Sites(parent, shared[parent])
         movable = [[_movable(scope, moved) for scope in group] for group in mine]
         for bodies in movable:
@@ -89,28 +89,25 @@ def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
     groups: dict[frozenset[Node], dict[int, Scope]] = defaultdict(dict)
     places: dict[Scope, set[tuple[Scope, int]]] = defaultdict(set)
     for scope in scopes:
-        calls = frozenset(c.call.node for c in scope.contexts if not c.call.node._erased)
-        if not calls:  # all were shared with a call of another body
-            continue
-        for context in scope.contexts:
+        calls = frozenset(c.call.node for c in scope.live)
+        for context in scope.live:
             groups[calls][context.index] = scope
             places[scope].add((context.parent, context.index))
     for bodies in groups.values():
         group = [bodies[i] for i in sorted(bodies)]
         alone = all(len(places[s]) == 1 and not is_recomputed(s.gm) for s in group)
-        if alone and len(group) == len(group[0].contexts[0].call.bodies):
+        if alone and len(group) == len(group[0].live[0].call.bodies):
             yield group
 
 
 def _calls(group: list[Scope]) -> list[Context]:
     """The calls of a group, each once."""
-    contexts = {context.call.node: context for context in group[0].contexts}
-    return [context for node, context in contexts.items() if not node._erased]
+    return list({context.call.node: context for context in group[0].live}.values())
 
 
 def _movable(scope: Scope, moved: Moved) -> Movable:
     found = Movable(scope)
-    varying = len(scope.contexts[0].call.varying)
+    varying = len(scope.live[0].call.varying)
     placeholders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
     found.stays = set(placeholders[varying:])
     derived = scope.derived
@@ -121,10 +118,10 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
             continue
         if not all(n in found.stays or n in found.nodes for n in node.all_input_nodes):
             continue
-        drawn = [_is_drawn_once(c, node) for c in scope.contexts]
+        drawn = [_is_drawn_once(c, node) for c in scope.live]
         why = [
             obstacle(c.around, c.call.node, _from(c.inner, c.index), node, drawn_once=once)
-            for c, once in zip(scope.contexts, drawn, strict=True)
+            for c, once in zip(scope.live, drawn, strict=True)
         ]
         refused = next((rule for rule in why if rule is not None), None)
         if refused is None:
@@ -214,7 +211,7 @@ def _stays_inside(body: Movable, node: Node, sites: Sites, max_bytes: float) -> 
     if _is_view(scope.tables[0], node):
         return True
     repeated = False
-    for context, numbers in zip(scope.contexts, body.numbers, strict=True):
+    for context, numbers in zip(scope.live, body.numbers, strict=True):
         number = numbers[node]
         if not runs_whenever_the_call_does(
             context.inner[context.index],
@@ -247,7 +244,7 @@ def _copy_before(
     given = (*call.varying, *call.operands)
     copies: dict[Node, Any] = dict(zip(call.bodies[index].placeholders, given, strict=True))
     needed = ancestors(wanted, lambda node: node not in copies)
-    gm = body.scope.contexts[0].parent.gm
+    gm = body.scope.live[0].parent.gm
     with gm.graph.inserting_before(call.node):
         for node in body.scope.gm.graph.nodes:
             if node not in needed:

@@ -48,8 +48,8 @@ def merge_operands(contexts: list[Context]) -> int:
 def with_gradient_laid_out_alike(operand: Node) -> Node:
     """The operand of a branch, seen so that its gradient has the operand's strides in every branch.
 
-    torch 2.13's ``cond`` refuses branches whose gradients have different strides, which ``h @ w``
-    and ``linear(h, w)`` give. The backward of a view of a flat view lays a gradient out anew; views
+    torch 2.13's ``cond`` refuses branches whose gradients have different strides, which ``h * w``
+    and ``h * w.mT`` give. The backward of a view of a flat view lays a gradient out anew; views
     cost nothing. What is not dense, or of a size that is not known, is left as it is.
     """
     value = value_of(operand)

@@ -54,6 +54,11 @@ class Scope:
     contexts: list[Context] = field(default_factory=list)
 
     @property
+    def live(self) -> list[Context]:
+        """The contexts whose calls are still there: sharing erases calls, too."""
+        return [c for c in self.contexts if not c.call.node._erased]
+
+    @property
     def looped(self) -> bool:
         """The graph is run many times by one run of the outermost."""
         return any(c.loops or c.parent.looped for c in self.contexts)
@@ -65,9 +70,7 @@ class Scope:
         Zero once the calls that ran it were shared.
         """
         total = 0 if self.contexts else 1
-        for context in self.contexts:
-            if context.call.node._erased:
-                continue
+        for context in self.live:
             outer, inner = context.parent.runs, context.call.iterations
             if outer is None or inner is None:
                 return None

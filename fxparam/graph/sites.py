@@ -46,7 +46,7 @@ class Sites:
         self._runs: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
 
     def add(self, body: Movable) -> None:
-        for context in body.scope.contexts:
+        for context in body.scope.live:
             numbers = self._numbers(body, context)
             body.numbers.append(numbers)
             for node in body.nodes:

@@ -332,10 +332,10 @@ def test_branches_whose_gradients_have_different_strides(dense: str, unread: boo
 
     def body(m: Cell, x: Tensor) -> Tensor:
         def one(h: Tensor) -> Tensor:
-            return h @ m.cell.weight + 0
+            return h * m.cell.weight + 0
 
         def other(h: Tensor) -> Tensor:
-            return h + 1 if unread else nn.functional.linear(h, m.cell.weight) + 0
+            return h + 1 if unread else h * m.cell.weight.mT + 0
 
         return torch.cond(x.sum() > 0, one, other, (x @ m.cell.weight,))
 
@@ -344,8 +344,35 @@ def test_branches_whose_gradients_have_different_strides(dense: str, unread: boo
     parametrize.register_parametrization(model.cell, "weight", Map())
     for sign in (1, -1):
         model.zero_grad()
-        x = sign * torch.rand(2, 3, dtype=torch.float64)
+        x = sign * torch.rand(3, 3, dtype=torch.float64)
         fx = fxparam.backend("aot_eager")
         helpers.check_against_eager(model, fx, x)
         assert fx.last_report is not None and fx.last_report.entries[0].evaluations == 1
         torch.compiler.reset()
+
+
+@torch.compiler.nested_compile_region
+def _region(x: Tensor) -> Tensor:
+    return 2 * torch.sinh(x)
+
+
+def test_calls_of_one_region_of_which_some_are_shared() -> None:
+    class ByRegion(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return _region(x)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+            for cell in (self.one, self.two):
+                parametrize.register_parametrization(cell, "weight", ByRegion())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.two(self.one(torch.tanh(self.one(x)))))
+
+    torch.compiler.reset()
+    fx = fxparam.backend("aot_eager")
+    helpers.check_against_eager(Two(), fx, torch.randn(2, 3, dtype=torch.float64))
+    # The second call of each weight, and what takes its result.
+    assert fx.last_report is not None and fx.last_report.merged == 4
