@@ -223,20 +223,16 @@ def test_an_assignment_beside_torch(api: Any) -> None:
         assert torch.equal(layer.weight, torch.eye(3)) is (api is ours)
 
 
-@pytest.mark.parametrize("api", [ours, torch_parametrize], ids=["ours", "torch"])
-def test_a_new_module_at_the_address_of_a_freed_one_beside_torch(api: Any) -> None:
-    wrong = 0
-    with api.cached():
+def test_a_new_module_at_the_address_of_a_freed_one() -> None:
+    """torch's cache knows modules by address: whether it meets a freed one's is up to the allocator."""
+    with ours.cached():
         for i in range(10):
             layer = nn.Module()
             layer.weight = nn.Parameter(torch.full((2,), float(i)))
-            api.register_parametrization(layer, "weight", zoo.Identity(), unsafe=True)
-            wrong += not torch.equal(layer.weight, torch.full((2,), float(i)))
+            ours.register_parametrization(layer, "weight", zoo.Identity(), unsafe=True)
+            assert torch.equal(layer.weight, torch.full((2,), float(i)))
             del layer
             gc.collect()
-            if wrong:
-                break
-    assert (wrong > 0) is (api is torch_parametrize)
 
 
 def test_originals_that_are_swapped() -> None:
