@@ -224,7 +224,7 @@ def test_an_assignment_beside_torch(api: Any) -> None:
 
 
 def test_a_new_module_at_the_address_of_a_freed_one() -> None:
-    """torch's cache knows modules by address: whether it meets a freed one's is up to the allocator."""
+    """torch's cache knows modules by address, and may meet that of a freed one."""
     with ours.cached():
         for i in range(10):
             layer = nn.Module()

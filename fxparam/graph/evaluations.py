@@ -33,11 +33,13 @@ class Evaluation:
         name: qualified name of the parametrized tensor, as ``cell.weight``.
         nodes: in graph order.
         runs: how many times one run of the outermost graph runs them; None if not known.
+        access: the call of the parametrization list, as traced; empty for a value that none made.
     """
 
     name: str
     nodes: tuple[Node, ...]
     runs: int | None = 1
+    access: str = ""
 
 
 def owner(node: Node) -> tuple[str, str] | None:
@@ -62,7 +64,7 @@ def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
         key = owner(node) if node.op in ("call_function", "call_method", "call_module") else None
         if key is not None:
             found.setdefault(key, []).append(node)
-    return [Evaluation(name, tuple(nodes), runs) for (_, name), nodes in found.items()]
+    return [Evaluation(name, tuple(nodes), runs, access) for (access, name), nodes in found.items()]
 
 
 def values(gm: GraphModule, derived: Derived, runs: int | None = 1) -> list[Evaluation]:

@@ -115,6 +115,7 @@ def make_report(
         if not kind and [e.runs for e in mine] == [1]:
             continue  # a computed value without a name, evaluated once to begin with
         left = [e for e in after if e.name == name and not all(map(is_view, e.nodes))]
+        left = _whole(left, Counter(e.access for e in mine))
         kept: dict[Rule, list[Evaluation]] = {}
         # One evaluation is what sharing leaves; it is not one that was kept.
         for site in left[1:] if left and left[0].runs == 1 else left:
@@ -135,6 +136,23 @@ def make_report(
             )
         )
     return Report(tuple(entries), merged)
+
+
+def _whole(left: list[Evaluation], before: Counter[str]) -> list[Evaluation]:
+    """An evaluation of which a part was moved out of a body, and a part stayed, is one."""
+    found: dict[str, list[Evaluation]] = {}
+    for site in left:
+        found.setdefault(site.access, []).append(site)
+    whole = []
+    for access, sites in found.items():
+        if not access or len(sites) <= before[access]:
+            whole += sites
+            continue
+        runs = [site.runs for site in sites]
+        most = None if None in runs else max(n for n in runs if n is not None)
+        nodes = tuple(node for site in sites for node in site.nodes)
+        whole.append(Evaluation(sites[0].name, nodes, most, access))
+    return whole
 
 
 def _total(sites: list[Evaluation]) -> int | None:

@@ -22,7 +22,12 @@ def main() -> int:
     parser.add_argument("--inner", default="", help="an inner backend for all programs: inductor")
     parser.add_argument("--show", action="store_true", help="print the program of --start")
     parser.add_argument("--mutate", action="store_true", help="switch the rules off, one by one")
-    parser.add_argument("--rule", default="", help="with --mutate: only rules that start so")
+    parser.add_argument(
+        "--predicates",
+        action="store_true",
+        help="with --mutate: each predicate of a rule by itself",
+    )
+    parser.add_argument("--rule", default="", help="with --mutate: only what starts so")
     parser.add_argument("--save", type=Path, help="a folder for the scripts of what failed")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -57,16 +62,11 @@ def _report(source: str, seed: int, options: argparse.Namespace) -> None:
 
 def _mutate(options: argparse.Namespace) -> int:
     missed = 0
-    for rule in mutate.RULES:
+    for rule in mutate.PREDICATES if options.predicates else mutate.RULES:
         if not rule.startswith(options.rule):
             continue
         begin = time.monotonic()
-        try:
-            ran, program = mutate.programs_until_noticed(rule, limit=options.n, start=options.start)
-        except LookupError as error:
-            print(error, flush=True)
-            missed += 1
-            continue
+        ran, program = mutate.programs_until_noticed(rule, limit=options.n, start=options.start)
         seen = f"noticed by seed {program.seed}" if program else "NOT noticed"
         seconds = time.monotonic() - begin
         print(f"rule {rule}: {seen}, after {ran} programs, {seconds:.0f} s", flush=True)

@@ -180,6 +180,15 @@ def _bind(w: Writer, kind: str) -> Statement:
     return Line(kind, f"{name} = {text}")
 
 
+@_kind("bind without gradient", weight=3, in_body=3)
+def _bind_without_gradient(w: Writer, kind: str) -> Statement:
+    """Evaluated under another mode than it is used under."""
+    text = f"self.{w.holder().name}.weight"
+    name = w.name("w")
+    w.names.append(name)
+    return Line(kind, f"with torch.no_grad():\n    {name} = {text}")
+
+
 @_kind("write to the value", weight=5, in_body=2)
 def _write_value(w: Writer, kind: str) -> Statement:
     form = w.rng.choice(
@@ -252,6 +261,8 @@ def _loop(w: Writer, kind: str) -> Statement:
 @_kind("no_grad", "autocast", "enable_grad", weight=4, in_body=1, block=True)
 def _mode(w: Writer, kind: str) -> Statement:
     """A block under another mode, whose result joins the flow after it."""
+    before_grad = w.grad
+    w.grad = w.grad or kind == "enable_grad"  # bars what torch cannot train
     heading = {
         "no_grad": "with torch.no_grad():",
         "enable_grad": "with torch.enable_grad():",
@@ -259,6 +270,7 @@ def _mode(w: Writer, kind: str) -> Statement:
     }[kind]
     before = w.name("h")
     block = Block("mode", heading, w.nested(body=False), closing=f"h = {before} + h")
+    w.grad = before_grad
     return Block(kind, "", (Line("mode", f"{before} = h"), block))
 
 
@@ -270,15 +282,30 @@ def _cached(w: Writer, kind: str) -> Statement:
 @_kind("checkpoint", weight=5, in_body=1, block=True)
 def _checkpoint(w: Writer, kind: str) -> Statement:
     f = w.name("segment")
-    call = f"h = checkpoint({f}, h, use_reentrant=False)"
-    return Block(kind, f"def {f}(h):", w.nested(body=True, checkpoint=True), "return h", call)
+    body = w.nested(body=True, checkpoint=True)
+    result, last = "h", "return h"
+    if w.rng.random() < 0.3:  # a value leaves the body
+        value = w.name("w")
+        result, last = f"h, {value}", f"return h, self.{w.holder().name}.weight"
+        w.names.append(value)
+    call = f"{result} = checkpoint({f}, h, use_reentrant=False)"
+    return Block(kind, f"def {f}(h):", body, last, call)
 
 
 @_kind("region", weight=2, in_body=1, block=True)
 def _region(w: Writer, kind: str) -> Statement:
     f, g = w.name("region"), w.name("nested")
-    call = f"{g} = torch.compiler.nested_compile_region({f})\nh = {g}({g}(h))"
-    return Block(kind, f"def {f}(h):", w.nested(body=True), "return h + 0", call)
+    body, last = w.nested(body=True), "return h + 0"
+    made = f"{g} = torch.compiler.nested_compile_region({f})\n"
+    call = f"h = {g}({g}(h))"
+    if not w.grad and w.rng.random() < 0.25:
+        body = (_write_original(w, "write to an original"), *body)
+    if w.rng.random() < 0.2:  # a value leaves the body, which runs twice
+        first, second = w.name("w"), w.name("w")
+        last = f"return h + 0, self.{w.holder().name}.weight"
+        call = f"h, {first} = {g}(h)\nh, {second} = {g}(h)"
+        w.names += [first, second]
+    return Block(kind, f"def {f}(h):", body, last, made + call)
 
 
 @_kind("scan", weight=4, in_body=1, block=True)

@@ -1,6 +1,6 @@
 """Is the fuzzer any good? Each rule of sharing is switched off in turn; programs must notice.
 
-A rule is switched off by patching the predicate that asks it, in every module that looks it up.
+A rule is switched off by patching the predicates that ask it, in every module that looks them up.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch.fx import Node
@@ -49,8 +49,9 @@ Mutation = Callable[[Callable[..., Any]], Callable[..., Any]]
 _EVERYWHERE = "fxparam.graph"
 _NUMBERING = "fxparam.graph.numbering"
 
-#: For each rule: the function that asks it, where it is looked up, and what becomes of it.
-RULES: dict[str, tuple[str, str, Mutation]] = {
+#: For each predicate, under the number of its rule: the function, where it is looked up, and what
+#: becomes of it.
+PREDICATES: dict[str, tuple[str, str, Mutation]] = {
     "1: literals, types and signs": ("literal_key", _NUMBERING, lambda _: _literals_without_type),
     "1: the same original": ("_key", _NUMBERING, _any_original),
     "1: one backward for all": ("has_one_backward_for_all", _EVERYWHERE, _always(True)),
@@ -72,17 +73,36 @@ RULES: dict[str, tuple[str, str, Mutation]] = {
 }
 
 
+#: The six rules, each with all its predicates.
+RULES = tuple(sorted({name.partition(":")[0] for name in PREDICATES}))
+
+
 @contextmanager
-def without(rule: str) -> Iterator[bool]:
-    """The rule switched off; False if no such predicate exists."""
-    name, where, mutation = RULES[rule]
+def without(rule: str) -> Iterator[None]:
+    """Every predicate whose name starts so switched off: a whole rule, or one predicate of it.
+
+    Raises:
+        LookupError: ``fxparam.graph`` has no such predicate.
+    """
+    with ExitStack() as stack:
+        for name in PREDICATES:
+            if name.startswith(rule):
+                stack.enter_context(_without(name))
+        yield
+
+
+@contextmanager
+def _without(predicate: str) -> Iterator[None]:
+    name, where, mutation = PREDICATES[predicate]
     modules = [module for key, module in list(sys.modules.items()) if key.startswith(where)]
     found = [m for m in modules if callable(getattr(m, name, None))]
+    if not found:
+        raise LookupError(f"{predicate}: fxparam.graph has no {name}")
     before = [getattr(m, name) for m in found]
     for module, function in zip(found, before, strict=True):
         setattr(module, name, mutation(function))
     try:
-        yield bool(found)
+        yield
     finally:
         for module, function in zip(found, before, strict=True):
             setattr(module, name, function)
@@ -90,9 +110,6 @@ def without(rule: str) -> Iterator[bool]:
 
 def programs_until_noticed(rule: str, *, limit: int, start: int = 0) -> tuple[int, Program | None]:
     """How many programs ran until one gave a mismatch that it does not give with the rule."""
-    with without(rule) as exists:
-        if not exists:
-            raise LookupError(f"rule {rule}: fxparam.graph has no {RULES[rule][0]}")
     seeds = itertools.count(start)
     ran = 0
     while ran < limit:

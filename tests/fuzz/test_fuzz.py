@@ -56,9 +56,13 @@ def test_a_script_is_a_module_by_itself() -> None:
     assert isinstance(script.build(), torch.nn.Module)
 
 
-@pytest.mark.parametrize(
-    "rule", ["3: the value written", "3: the value escapes", "4: the same modes"]
-)
+@pytest.mark.parametrize("rule", mutate.RULES)
 def test_a_rule_switched_off_is_noticed(rule: str) -> None:
-    _, program = mutate.programs_until_noticed(rule, limit=200)
+    _, program = mutate.programs_until_noticed(rule, limit=400)
     assert program is not None
+
+
+@pytest.mark.parametrize("predicate", mutate.PREDICATES)
+def test_a_predicate_that_is_switched_off_exists(predicate: str) -> None:
+    with mutate.without(predicate):
+        pass
