@@ -376,3 +376,27 @@ def test_calls_of_one_region_of_which_some_are_shared() -> None:
     helpers.check_against_eager(Two(), fx, torch.randn(2, 3, dtype=torch.float64))
     # The second call of each weight, and what takes its result.
     assert fx.last_report is not None and fx.last_report.merged == 4
+
+
+class _Masked(nn.Module):
+    """A pure part, which leaves bodies, and a random one, which does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * torch.rand_like(x)
+
+
+def test_an_evaluation_that_leaves_a_body_in_part_is_one() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    parametrize.register_parametrization(layer, "weight", _Masked())
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    fx = fxparam.backend("aot_eager")
+    torch.compile(forward, backend=fx)(torch.randn(3, 3))
+    assert fx.last_report is not None
+    (entry,) = fx.last_report.entries
+    assert fx.last_report.merged > 0
+    assert (entry.accesses, entry.evaluations, entry.runs) == (3, 3, 3)
