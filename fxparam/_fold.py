@@ -38,7 +38,7 @@ __all__ = ["fold"]
 
 # ``cell.parametrizations.weight.original0``, or a buffer of a parametrization.
 _ORIGINAL = re.compile(r"(.+\.)??parametrizations\.([^.]+)\..+")
-_IN_A_BODY = "it is evaluated in the body of a loop or branch alone"
+_IN_A_BODY = "the body of a loop or branch evaluates it, or reads an original of it"
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -58,9 +58,10 @@ def fold(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         ValueError: a parametrization draws random numbers, writes (spectral norm in training
-            does), depends on the program's inputs, or is evaluated only in a body that may not
-            run; the message names the tensor. Decomposed solvers (``orthogonal`` by Cayley's map)
-            check for singular matrices, which counts as an effect: fold before decomposing.
+            does), depends on the program's inputs, or stays in a body that may not run, or that
+            reads an original of it; the message names the tensor. Decomposed solvers
+            (``orthogonal`` by Cayley's map) check for singular matrices, which counts as an
+            effect: fold before decomposing.
 
     Example:
         >>> import torch
@@ -149,7 +150,8 @@ def _inline_grad_mode_blocks(gm: GraphModule) -> None:
 
 
 def _refuse_originals_of_bodies(gm: GraphModule, specs: dict[Node, InputSpec]) -> None:
-    """Raise if a body still evaluates; non-strict export says of no node in it whose it is."""
+    """Raise if a body still reads an original: non-strict export says of no node in it whether it
+    evaluates."""
     for node, spec in specs.items():
         original = _ORIGINAL.fullmatch(str(spec.target))
         if original is not None and any(call_of(gm, user) for user in node.users):

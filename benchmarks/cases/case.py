@@ -104,9 +104,9 @@ class Case:
     quick: bool = False
 
     def sizes(self) -> list[Size]:
-        """The sizes at which growth is measured, the middle one being ``size``."""
-        values = STEPS if self.grows == "steps" else LAYERS
-        return [dataclasses.replace(self.size, **{self.grows: value}) for value in values]
+        """The sizes at which growth is measured, ``size`` among them."""
+        values = {*(STEPS if self.grows == "steps" else LAYERS), self.knob(self.size)}
+        return [dataclasses.replace(self.size, **{self.grows: value}) for value in sorted(values)]
 
     def small(self) -> Size:
         """What ``--quick`` measures: the same widths, the shortest growth."""

@@ -13,13 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.graph.nodes import ancestors, is_view
+from fxparam.graph.nodes import ancestors, body_of, is_view
 
 if TYPE_CHECKING:
-    from fxparam.graph.derived import Derived
     from fxparam.graph.scopes import Scope
 
 __all__ = ["Evaluation", "evaluations", "owner", "sites_of", "values"]
@@ -67,14 +66,14 @@ def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
     return [Evaluation(name, tuple(nodes), runs, access) for (access, name), nodes in found.items()]
 
 
-def values(gm: GraphModule, derived: Derived, runs: int | None = 1) -> list[Evaluation]:
+def values(scope: Scope) -> list[Evaluation]:
     """Parameter-derived values that no ``ParametrizationList`` computes and the rest reads."""
-    found = []
-    for node in gm.graph.nodes:
+    found, derived = [], scope.derived
+    for node in scope.gm.graph.nodes:
         if node not in derived.candidates or owner(node) is not None or is_view(node):
             continue
         if any(user not in derived.nodes or is_view(user) for user in node.users):
-            found.append(Evaluation(_described(node), (node,), runs))
+            found.append(Evaluation(_described(scope, node), (node,), scope.runs))
     return found
 
 
@@ -83,16 +82,37 @@ def sites_of(scopes: Iterable[Scope]) -> list[Evaluation]:
     found = []
     for scope in scopes:
         found += evaluations(scope.gm.graph, scope.runs)
-        found += values(scope.gm, scope.derived, scope.runs)
+        found += values(scope)
     return found
 
 
-def _described(node: Node) -> str:
+def _described(scope: Scope, node: Node) -> str:
     """``matrix_exp(p)`` for a value without a name of its own."""
-    sources = [n for n in ancestors([node]) if n.op in ("placeholder", "get_attr")]
-    inputs = {_named(str(source.target)) for source in sources}
     op = getattr(node.target, "__name__", str(node.target))
-    return f"{op}({', '.join(sorted(inputs))})"
+    return f"{op}({', '.join(sorted(_sources(scope, node)))})"
+
+
+def _sources(scope: Scope, node: Node) -> set[str]:
+    """The names of what a value is computed from, as the outermost graph has them."""
+    found: set[str] = set()
+    for source in ancestors([node]):
+        if source.op == "placeholder":
+            found |= _given(scope, source)
+        elif source.op == "get_attr" and body_of(scope.gm, source) is None:
+            found.add(_named(str(source.target)))
+    return found
+
+
+def _given(scope: Scope, placeholder: Node) -> set[str]:
+    """For a body's, what the operand is computed from."""
+    for context in scope.contexts:
+        call = context.call
+        placeholders = call.bodies[context.index].placeholders
+        given = (*call.varying, *call.operands)
+        operand = dict(zip(placeholders, given, strict=True)).get(placeholder)
+        if isinstance(operand, Node):
+            return _sources(context.parent, operand)
+    return {_named(str(placeholder.target))}
 
 
 def _named(placeholder: str) -> str:

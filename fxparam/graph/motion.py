@@ -112,6 +112,8 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
     found.stays = set(placeholders[varying:])
     derived = scope.derived
     for node in scope.gm.graph.nodes:
+        if node not in scope.tables[0].of:
+            continue  # came out of a body in this step; it may go on in the next
         if node.op == "get_attr":
             found.stays.add(node)
         if node not in derived.candidates and node not in derived.constants:

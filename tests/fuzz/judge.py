@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fxparam
 from tests.fuzz.program import Block, Program, Statement, ingredients, render
 from tests.fuzz.run import (
     Record,
@@ -105,12 +106,21 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
     plain = by_torch(script, inner)
     by_plain = differences(expected, plain)
     if plain.error is not None and actual.error is not None:
-        verdict = Verdict.UNABLE if type(plain.error) is type(actual.error) else Verdict.MISMATCH
+        alike = type(plain.error) is type(actual.error) or not _is_ours(actual.error)
+        verdict = Verdict.UNABLE if alike else Verdict.MISMATCH
     elif found.keys() <= by_plain.keys():
         verdict = Verdict.TORCH
     else:
         verdict = _excuse(script, inner, expected, actual)
     return Judgement(verdict, found, actual.merged)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised below the backend; not, if by Dynamo before it called one."""
+    folder = str(Path(fxparam.__file__).parent)
+    frames = traceback.walk_tb(error.__traceback__)
+    inside = any(frame.f_code.co_filename.startswith(folder) for frame, _ in frames)
+    return inside or (error.__cause__ is not None and _is_ours(error.__cause__))
 
 
 def _excuse(script: ModuleType, inner: str, expected: Record, actual: Record) -> Verdict:

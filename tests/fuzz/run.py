@@ -44,19 +44,6 @@ class Record:
 Inner = str | Callable[..., Any]
 
 
-class Recorder:
-    """The backend under test, counting what it shares."""
-
-    def __init__(self, inner: Inner) -> None:
-        self.backend, self.merged = fxparam.backend(inner), 0
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = self.backend(gm, inputs)
-        report = self.backend.last_report
-        self.merged += 0 if report is None else report.merged
-        return compiled
-
-
 def load(source: str, name: str = "fuzzed") -> ModuleType:
     """The script as a module, from a file, so that Dynamo and ``inspect`` find its source."""
     with tempfile.TemporaryDirectory() as folder:
@@ -102,9 +89,9 @@ def by_torch(script: ModuleType, inner: str) -> Record:
 
 def by_fxparam(script: ModuleType, inner: Inner) -> Record:
     torch.compiler.reset()
-    recorder = Recorder(inner)
-    record = _run(script, lambda model: torch.compile(model, backend=recorder))
-    record.merged = recorder.merged
+    backend = fxparam.backend(inner)
+    record = _run(script, lambda model: torch.compile(model, backend=backend))
+    record.merged = sum(report.merged for report in backend.reports)
     return record
 
 
