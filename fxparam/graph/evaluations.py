@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.graph.nodes import ancestors, body_of, is_view
+from fxparam.graph.nodes import is_view, value_of
 
 if TYPE_CHECKING:
     from fxparam.graph.scopes import Scope
@@ -88,31 +88,12 @@ def sites_of(scopes: Iterable[Scope]) -> list[Evaluation]:
 
 def _described(scope: Scope, node: Node) -> str:
     """``matrix_exp(p)`` for a value without a name of its own."""
+    from fxparam.graph.scopes import inputs_in_each_run
+
     op = getattr(node.target, "__name__", str(node.target))
-    return f"{op}({', '.join(sorted(_sources(scope, node)))})"
-
-
-def _sources(scope: Scope, node: Node) -> set[str]:
-    """The names of what a value is computed from, as the outermost graph has them."""
-    found: set[str] = set()
-    for source in ancestors([node]):
-        if source.op == "placeholder":
-            found |= _given(scope, source)
-        elif source.op == "get_attr" and body_of(scope.gm, source) is None:
-            found.add(_named(str(source.target)))
-    return found
-
-
-def _given(scope: Scope, placeholder: Node) -> set[str]:
-    """For a body's, what the operand is computed from."""
-    for context in scope.contexts:
-        call = context.call
-        placeholders = call.bodies[context.index].placeholders
-        given = (*call.varying, *call.operands)
-        operand = dict(zip(placeholders, given, strict=True)).get(placeholder)
-        if isinstance(operand, Node):
-            return _sources(context.parent, operand)
-    return {_named(str(placeholder.target))}
+    inputs = next(inputs_in_each_run(scope, [node]), ())
+    names = {_named(str(n.target)) for n in inputs if value_of(n) is not None}
+    return f"{op}({', '.join(sorted(names))})"
 
 
 def _named(placeholder: str) -> str:

@@ -4,8 +4,8 @@ Run before autograd, one value means one backward: merged after it, as torch's o
 the N backwards of N cotangents stay.
 
 Each round looks at the effects of every graph, shares what repeats in each (in ``cached()`` regions
-with its effects), and moves values one graph outwards. The rounds end when nothing moves, at the
-latest after as many as graphs are nested.
+with its effects), and moves values one graph outwards. The rounds end when nothing moves and, where
+there are bodies, nothing was shared: the last one sees the graphs as they are left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from fxparam.graph.aliases import copy_aliases
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
 from fxparam.graph.evaluations import Evaluation, evaluations, sites_of
@@ -72,6 +73,7 @@ def hoist(
         in_regions = {scope: share_regions(scope) for scope in scopes}
         shared = {scope: share(scope, max_bytes) for scope in scopes}
         step = move_out(scopes, shared, max_bytes)
+        before_step = merged
         for scope in scopes:
             count = len(in_regions[scope]) + len(shared[scope].merged)
             merged += count
@@ -80,8 +82,11 @@ def hoist(
         for name, calls in step.origins.items():
             moved.origins.setdefault(name, {}).update(calls)
         moved.values += step.values
-        if not (step.values or step.operands):
+        shared_with_bodies = merged > before_step and len(scopes) > 1
+        if not (step.values or step.operands or shared_with_bodies):
             break
+    if changed:
+        changed |= copy_aliases(scopes)
     check_regions(scopes)
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():

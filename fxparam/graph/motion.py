@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ from fxparam.graph.operands import (
     with_gradient_laid_out_alike,
 )
 from fxparam.graph.recompute import is_recomputed, recompute_as_before
-from fxparam.graph.scopes import Context, Scope
+from fxparam.graph.scopes import Context, Scope, is_run_again
 from fxparam.graph.share import Shared, erase_unused
 from fxparam.graph.sites import Movable, Sites
 
@@ -69,30 +69,30 @@ def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float)
     groups = list(_groups(scopes))
     for group in groups:
         moved.operands += merge_operands(_calls(group))
-    for parent in scopes:
-        mine = [group for group in groups if group[0].live[0].parent is parent]
-        sites = Sites(parent, shared[parent])
-        movable = [[_movable(scope, moved) for scope in group] for group in mine]
-        for bodies in movable:
-            for body in bodies:
-                sites.add(body)
-        for bodies in movable:
-            _move_group(bodies, sites, moved, max_bytes)
+    sites = {scope: Sites(shared[scope]) for scope in scopes}
+    movable = [[_movable(scope, moved) for scope in group] for group in groups]
+    for bodies in movable:
+        for body in bodies:
+            for context in body.scope.live:
+                sites[context.parent].add(body, context)
+    for bodies in movable:
+        _move_group(bodies, sites, moved, max_bytes)
     return moved
 
 
 def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
     """Bodies that are run by the same calls and by no others, in the order of the arguments.
 
-    A body that is not in such a group cannot get an operand from all of its calls at once.
+    A body that is not in such a group cannot get an operand from all of its calls at once. Inner
+    bodies come before those that run them.
     """
     groups: dict[frozenset[Node], dict[int, Scope]] = defaultdict(dict)
-    places: dict[Scope, set[tuple[Scope, int]]] = defaultdict(set)
+    places: dict[Scope, set[int]] = defaultdict(set)
     for scope in scopes:
         calls = frozenset(c.call.node for c in scope.live)
         for context in scope.live:
             groups[calls][context.index] = scope
-            places[scope].add((context.parent, context.index))
+            places[scope].add(context.index)
     for bodies in groups.values():
         group = [bodies[i] for i in sorted(bodies)]
         alone = all(len(places[s]) == 1 and not is_recomputed(s.gm) for s in group)
@@ -153,7 +153,9 @@ def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
     return (tables[index], *tables[:index], *tables[index + 1 :])
 
 
-def _move_group(group: list[Movable], sites: Sites, moved: Moved, max_bytes: float) -> None:
+def _move_group(
+    group: list[Movable], sites: Mapping[Scope, Sites], moved: Moved, max_bytes: float
+) -> None:
     """Move values out of the bodies of one call, or of several calls of the same bodies."""
     crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
     for index, body in enumerate(group):
@@ -171,7 +173,7 @@ def _move_group(group: list[Movable], sites: Sites, moved: Moved, max_bytes: flo
         copies: dict[Node, Any] = {}
         for index, body in enumerate(group):
             wanted = [node for i, node in firsts if i == index]
-            copies.update(_copy_before(call, index, body, wanted, moved))
+            copies.update(_copy_before(context, call, index, body, wanted, moved))
             recompute_as_before(call, body.scope.gm, wanted, copies)
         call.set_operands([*call.operands, *(copies[node] for _, node in firsts)])
     for places in crossing.values():
@@ -180,7 +182,9 @@ def _move_group(group: list[Movable], sites: Sites, moved: Moved, max_bytes: flo
     moved.values += len(crossing)
 
 
-def _crossing(body: Movable, sites: Sites, moved: Moved, max_bytes: float) -> list[Node]:
+def _crossing(
+    body: Movable, sites: Mapping[Scope, Sites], moved: Moved, max_bytes: float
+) -> list[Node]:
     """The values that what stays in the body reads."""
     found: dict[Node, None] = {}
     seen: set[Node] = set()
@@ -205,7 +209,9 @@ def _crossing(body: Movable, sites: Sites, moved: Moved, max_bytes: float) -> li
     return list(found)
 
 
-def _stays_inside(body: Movable, node: Node, sites: Sites, max_bytes: float) -> Rule | bool | None:
+def _stays_inside(
+    body: Movable, node: Node, sites: Mapping[Scope, Sites], max_bytes: float
+) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
     scope = body.scope
     if node not in scope.derived.candidates or not isinstance(value_of(node), torch.Tensor):
@@ -214,19 +220,19 @@ def _stays_inside(body: Movable, node: Node, sites: Sites, max_bytes: float) -> 
         return True
     repeated = False
     for context, numbers in zip(scope.live, body.numbers, strict=True):
-        number = numbers[node]
+        number, around = numbers[node], sites[context.parent]
         if not runs_whenever_the_call_does(
             context.inner[context.index],
             node,
             always=context.call.bodies[context.index].always,
             branch=context.call.branches,
-            on_every_path=sites.is_outside(number) or sites.on_every_path(number, context),
+            on_every_path=around.is_outside(number) or around.on_every_path(number, context),
         ):
             return Rule.MAY_NOT_RUN
         if context.loops and is_its_gradient_summed_in_reduced_precision(node):
             return Rule.REDUCED
-        repeated |= context.loops or sites.is_repeated(number)
-    if not repeated and not scope.looped:
+        repeated |= around.is_repeated(number)
+    if not repeated and not is_run_again(scope, [node]):
         return Rule.ONE_USE
     return Rule.TOO_LARGE if is_too_large(node, max_bytes) else None
 
@@ -240,13 +246,13 @@ def _is_view(table: EffectTable, node: Node) -> bool:
 
 
 def _copy_before(
-    call: Call, index: int, body: Movable, wanted: list[Node], moved: Moved
+    context: Context, call: Call, index: int, body: Movable, wanted: list[Node], moved: Moved
 ) -> dict[Node, Any]:
     """Evaluate nodes of a body in front of a call, with the operands of that call."""
     given = (*call.varying, *call.operands)
     copies: dict[Node, Any] = dict(zip(call.bodies[index].placeholders, given, strict=True))
     needed = ancestors(wanted, lambda node: node not in copies)
-    gm = body.scope.live[0].parent.gm
+    gm = context.parent.gm
     with gm.graph.inserting_before(call.node):
         for node in body.scope.gm.graph.nodes:
             if node not in needed:

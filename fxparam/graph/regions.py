@@ -24,7 +24,7 @@ from fxparam.graph.legality import Rule, has_effects
 from fxparam.graph.marks import evaluation_mark, region_mark
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
-from fxparam.graph.scopes import Scope
+from fxparam.graph.scopes import Scope, is_run_again
 
 __all__ = ["Marked", "check_regions", "marked_evaluations", "share_regions"]
 
@@ -173,7 +173,7 @@ def check_regions(scopes: list[Scope]) -> None:
             enclosing = [c for c in scope.contexts if region_mark(c.call.node) == evaluation.region]
             effects = any(has_effects(t, n) for t in scope.tables for n in _calls(evaluation))
             if enclosing and effects:
-                inside.append((evaluation, scope.looped or len(enclosing) > 1))
+                inside.append((evaluation, is_run_again(scope, ())))
     for evaluation, repeated in inside:
         if repeated or sites[evaluation.region, evaluation.chain] > 1:
             site = owner(evaluation.nodes[0])

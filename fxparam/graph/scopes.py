@@ -6,6 +6,7 @@ right in each.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
@@ -13,8 +14,9 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.bodies import Call
 from fxparam.graph.derived import Derived, derive, is_parameter
 from fxparam.graph.effects import EffectTable
+from fxparam.graph.nodes import ancestors
 
-__all__ = ["Context", "Scope", "scopes_of"]
+__all__ = ["Context", "Scope", "inputs_in_each_run", "is_run_again", "scopes_of"]
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,6 @@ class Scope:
         return [c for c in self.contexts if not c.call.node._erased]
 
     @property
-    def looped(self) -> bool:
-        """The graph is run many times by one run of the outermost."""
-        return any(c.loops or c.parent.looped for c in self.contexts)
-
-    @property
     def runs(self) -> int | None:
         """How many times one run of the outermost graph runs it; None if not known.
 
@@ -77,6 +74,36 @@ class Scope:
             # A branch may run or not: counted as if it did.
             total += outer * inner // max(1, len(context.parent.tables))
         return total
+
+
+def inputs_in_each_run(scope: Scope, nodes: Iterable[Node]) -> Iterator[frozenset[Node]]:
+    """For each run of a graph, which inputs of the outermost graph some nodes are computed from.
+
+    A loop's body counts as run twice. The nodes do not depend on what varies between its runs.
+    """
+    inputs = [n for n in ancestors(nodes) if n.op in ("placeholder", "get_attr")]
+    if not scope.contexts:
+        yield frozenset(inputs)
+        return
+    for context in {c.call.node: c for c in scope.live}.values():
+        call = context.call
+        given = (*call.varying, *call.operands)
+        seats = dict(zip(call.bodies[context.index].placeholders, given, strict=True))
+        operands = [seats[n] for n in inputs if isinstance(seats.get(n), Node)]
+        for run in inputs_in_each_run(context.parent, operands):
+            yield run
+            if context.loops:
+                yield run
+
+
+def is_run_again(scope: Scope, nodes: Iterable[Node]) -> bool:
+    """Whether a graph is run more than once on the same inputs of some of its nodes."""
+    seen: set[frozenset[Node]] = set()
+    for run in inputs_in_each_run(scope, nodes):
+        if run in seen:
+            return True
+        seen.add(run)
+    return False
 
 
 def scopes_of(gm: GraphModule, table: EffectTable) -> list[Scope]:

@@ -40,17 +40,17 @@ class Movable:
 class Sites:
     """Where in a graph, and in the bodies it runs, a value is evaluated."""
 
-    def __init__(self, parent: Scope, shared: Shared) -> None:
-        self.parent, self.shared = parent, shared
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
         self._fresh: dict[Hashable, Hashable] = {}
         self._runs: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
 
-    def add(self, body: Movable) -> None:
-        for context in body.scope.live:
-            numbers = self._numbers(body, context)
-            body.numbers.append(numbers)
-            for node in body.nodes:
-                self._runs[numbers[node]].add((context.call.node, context.index))
+    def add(self, body: Movable, context: Context) -> None:
+        """Number a body's values as one of the graph's calls runs it."""
+        numbers = self._numbers(body, context)
+        body.numbers.append(numbers)
+        for node in body.nodes:
+            self._runs[numbers[node]].add((context.call.node, context.index))
 
     def _numbers(self, body: Movable, context: Context) -> dict[Node, Hashable]:
         call = current_call(context)

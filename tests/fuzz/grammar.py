@@ -294,18 +294,24 @@ def _checkpoint(w: Writer, kind: str) -> Statement:
 
 @_kind("region", weight=2, in_body=1, block=True)
 def _region(w: Writer, kind: str) -> Statement:
-    f, g = w.name("region"), w.name("nested")
+    f = w.name("segment")
     body, last = w.nested(body=True), "return h + 0"
-    made = f"{g} = torch.compiler.nested_compile_region({f})\n"
-    call = f"h = {g}({g}(h))"
+    call = f"h = region({f}, region({f}, h))"
     if not w.grad and w.rng.random() < 0.25:
         body = (_write_original(w, "write to an original"), *body)
     if w.rng.random() < 0.2:  # a value leaves the body, which runs twice
         first, second = w.name("w"), w.name("w")
         last = f"return h + 0, self.{w.holder().name}.weight"
-        call = f"h, {first} = {g}(h)\nh, {second} = {g}(h)"
+        call = f"h, {first} = region({f}, h)\nh, {second} = region({f}, h)"
         w.names += [first, second]
-    return Block(kind, f"def {f}(h):", body, last, made + call)
+    elif w.rng.random() < 0.3:  # operands that may be one value
+        f = f"{f}_on"
+        value = w.name("w")
+        body = (Line("region", f"h = squash(h @ {value})"), *body)
+        given = [f"self.{w.holder().name}.weight" for _ in range(2)]
+        call = f"h = region({f}, region({f}, h, {given[0]}), {given[1]})"
+        return Block(kind, f"def {f}(h, {value}):", body, last, call)
+    return Block(kind, f"def {f}(h):", body, last, call)
 
 
 @_kind("scan", weight=4, in_body=1, block=True)

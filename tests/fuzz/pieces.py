@@ -244,3 +244,9 @@ def map_rows(row: Callable[..., Any], rows: Tensor) -> Tensor:
 
         return compiled(row, rows)
     return torch.stack([row(r) for r in rows])
+
+
+@torch.compiler.nested_compile_region
+def region(f: Callable[..., Any], *args: Tensor) -> Any:
+    """A call of ``f`` as a region; Dynamo traces none that is made while it traces."""
+    return f(*args)

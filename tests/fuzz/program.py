@@ -137,7 +137,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import fxparam
-from tests.fuzz.pieces import cond, map_rows, scan, squash, while_loop
+from tests.fuzz.pieces import cond, map_rows, region, scan, squash, while_loop
 
 SIZE, DTYPE = {size}, torch.{dtype}
 INNER, GRAD, CALLER_WRITES = "{inner}", {grad}, {caller_writes}

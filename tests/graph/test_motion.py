@@ -129,6 +129,32 @@ def _region(m: Cell, x: Tensor) -> Tensor:
     return x
 
 
+@torch.compiler.nested_compile_region
+def _two_regions(m: Cell, x: Tensor) -> Tensor:
+    return _step_region(m, _step_region(m, x)) + 1
+
+
+def _region_in_region(m: Cell, x: Tensor) -> Tensor:
+    return _step_region(m, _two_regions(m, _two_regions(m, x)))
+
+
+@torch.compiler.nested_compile_region
+def _checkpointed_region(m: Cell, x: Tensor) -> Tensor:
+    return checkpoint(m.step, x, use_reentrant=False)
+
+
+def _checkpoint_in_region(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = _checkpointed_region(m, x)
+    return x
+
+
+def _region_in_checkpoint(m: Cell, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = checkpoint(_step_region, m, x, use_reentrant=False)
+    return x
+
+
 def _while(m: Cell, x: Tensor) -> Tensor:
     def condition(i: Tensor, h: Tensor) -> Tensor:
         return i < STEPS
@@ -151,6 +177,9 @@ TRAINED = [
     _checkpoint_of_loop,
     _scan_of_checkpoint,
     _region,
+    _region_in_region,
+    _checkpoint_in_region,
+    _region_in_checkpoint,
 ]
 
 
@@ -376,6 +405,42 @@ def test_calls_of_one_region_of_which_some_are_shared() -> None:
     helpers.check_against_eager(Two(), fx, torch.randn(2, 3, dtype=torch.float64))
     # The second call of each weight, and what takes its result.
     assert fx.last_report is not None and fx.last_report.merged == 4
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_a_function_leaves_a_checkpoint_in_a_branch() -> None:
+    """Its bodies come with it, into a graph whose effects were looked at before that."""
+    p = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def segment(h: Tensor) -> Tensor:
+        return h + 0.5 * _Rounded.apply(p)
+
+    def branch(h: Tensor) -> Tensor:
+        h = checkpoint(segment, h, use_reentrant=False)
+        return torch.tanh(h @ _Rounded.apply(p).mT)
+
+    def forward(h: Tensor) -> Tensor:
+        h = torch.cond(h.sum() > 0, lambda h: h + 0, branch, (h,))
+        return checkpoint(lambda h: _Rounded.apply(p) @ h, h, use_reentrant=False)
+
+    fx = fxparam.backend("aot_eager")
+    x = torch.randn(3, 3, dtype=torch.float64)
+    expected, actual = forward(x), torch.compile(forward, backend=fx)(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(out.square().sum(), p)[0] for out in (actual, expected))
+    )
+    assert fx.last_report is not None
+    assert fx.last_report.entries[0].evaluations == 1
 
 
 class _Masked(nn.Module):

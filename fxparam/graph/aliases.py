@@ -1,0 +1,79 @@
+"""Operands of one call that show the same memory, which higher-order ops do not take.
+
+Sharing may make two operands one: ``scan(body, f(p), xs, [f(p)])``. torch refuses that for most
+ops, and for a region that several calls run it uses the graph traced for the call whose operands
+are one also for those whose operands are two, with wrong results (2.13). One of the two is copied:
+no evaluation, and the gradients of both are summed as before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+
+from fxparam.graph.effects import EffectTable
+from fxparam.graph.nodes import value_of
+from fxparam.graph.scopes import Context, Scope
+
+__all__ = ["copy_aliases"]
+
+# Those whose bodies torch traces by themselves; others become part of the graph around.
+_TRACED = {"scan", "associative_scan", "map_impl", "while_loop", "cond", "invoke_subgraph"}
+
+
+def copy_aliases(scopes: list[Scope]) -> set[GraphModule]:
+    """Copy computed operands that alias another operand of the same call.
+
+    Args:
+        scopes: every graph, with its effects as they are.
+
+    Returns:
+        The graphs that were changed.
+    """
+    changed = set()
+    contexts = {c.call.node: c for scope in scopes for c in scope.live}
+    for context in contexts.values():
+        if context.call.op in _TRACED and _copy_aliases_of(context):
+            changed.add(context.parent.gm)
+    return changed
+
+
+def _copy_aliases_of(context: Context) -> bool:
+    call, parent = context.call.node, context.parent
+    candidates = parent.derived.candidates
+    operands: list[Node] = []
+    map_arg((call.args, call.kwargs), operands.append)
+    # What is not computed is not copied.
+    seen = [n for n in operands if isinstance(value_of(n), Tensor) and n not in candidates]
+    copied = False
+
+    def separate(node: Node) -> Node:
+        nonlocal copied
+        if node not in candidates or not isinstance(value_of(node), Tensor):
+            return node
+        if any(_aliases(table, node, seen, context.inner) for table in parent.tables):
+            copied = True
+            return _copy(node, call)
+        seen.append(node)
+        return node
+
+    call.args = map_arg(call.args, separate)
+    return copied
+
+
+def _aliases(
+    table: EffectTable, node: Node, others: list[Node], bodies: tuple[EffectTable, ...]
+) -> bool:
+    storages = table.of[node].storages
+    if any(body.written(storages) for body in bodies):
+        return False  # what the body writes is to be seen through the others
+    return any(storages & table.of[other].storages for other in others)
+
+
+def _copy(node: Node, call: Node) -> Node:
+    with call.graph.inserting_before(call):
+        copied = call.graph.call_function(torch.ops.aten.clone.default, (node,))
+    key = "example_value" if "example_value" in node.meta else "val"
+    copied.meta = {**node.meta, key: value_of(node).clone()}
+    return copied

@@ -1,0 +1,160 @@
+"""Calls of higher-order ops one of whose operands is a shared value, beside itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.utils.parametrize import register_parametrization
+
+import fxparam
+
+
+class _Squash(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ x)
+
+
+class _Pair(nn.Module):
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (nn.Linear(5, 5, dtype=torch.float64) for _ in range(2))
+        for layer in (self.a, self.b):
+            register_parametrization(layer, "weight", _Squash())
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def _compare(body: Callable[..., Any], *, train: bool, inner: str = "aot_eager") -> Any:
+    torch.compiler.reset()
+    model = _Pair(body)
+    twin = copy.deepcopy(model)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    fx = fxparam.backend(inner)
+    with torch.set_grad_enabled(train):
+        expected, actual = model(x), torch.compile(twin, backend=fx)(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+        if train:
+            expected.square().sum().backward()
+            actual.square().sum().backward()
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-11)
+    (report,) = fx.reports
+    assert report.merged > 0
+    return report
+
+
+def _region(m: _Pair) -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compiler.nested_compile_region(lambda x, w: torch.tanh(x @ w + m.a(x)))
+
+
+def _one_after_the_other(m: _Pair, x: Tensor) -> Tensor:
+    g = _region(m)
+    return g(g(x, m.a.weight), m.b.weight)
+
+
+def _there_and_back(m: _Pair, x: Tensor) -> Tensor:
+    g = _region(m)
+    return g(g(g(x, m.a.weight), m.b.weight), m.a.weight)
+
+
+def _nothing_moves(m: _Pair, x: Tensor) -> Tensor:
+    g = torch.compiler.nested_compile_region(lambda x, w, v: torch.tanh(x @ w + x @ v * 2))
+    return g(g(x, m.a.weight, m.a.weight), m.a.weight, m.b.weight)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("body", [_one_after_the_other, _there_and_back, _nothing_moves])
+def test_a_region_that_is_given_what_it_reads(body: Callable[..., Any], train: bool) -> None:
+    _compare(body, train=train)
+
+
+def test_a_region_that_is_given_what_it_reads_by_inductor() -> None:
+    _compare(_one_after_the_other, train=False, inner="inductor")
+
+
+def _steps() -> Tensor:
+    return torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(4, 3, 5)
+
+
+def _scan_carry(m: _Pair, x: Tensor) -> Tensor:
+    def step(carry: tuple[Tensor, Tensor], row: Tensor) -> Any:
+        h, w = carry
+        h = torch.tanh(h @ m.a.weight + h @ w + row)
+        return (h + 0, w * 0.5), h * 2
+
+    return scan(step, (x, m.a.weight), _steps())[1]
+
+
+def _scan_row(m: _Pair, x: Tensor) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> Any:
+        return torch.tanh(h @ m.a.weight + row[0]) + 0, h * 2
+
+    return scan(step, m.a.weight[0], _steps())[1] + x.sum()
+
+
+def _scan_carried_twice(m: _Pair, x: Tensor) -> Tensor:
+    def step(carry: tuple[Tensor, Tensor, Tensor], row: Tensor) -> Any:
+        h, w, v = carry
+        return (torch.tanh(h @ v + h @ w + row), w * 0.5, v * 0.3), h * 2
+
+    return scan(step, (x, m.a.weight, m.a.weight), _steps())[1]
+
+
+def _cond_view(m: _Pair, x: Tensor) -> Tensor:
+    return torch.cond(
+        x.sum() > 0,
+        lambda x, w: x @ w + m.a(x),
+        lambda x, w: x @ w - m.a(x),
+        (x, m.a.weight.T),
+    )
+
+
+def _while_carry(m: _Pair, x: Tensor) -> Tensor:
+    def step(i: Tensor, h: Tensor, w: Tensor) -> Any:
+        return i + 1, torch.tanh(h @ m.a.weight + h @ w), w * 0.5
+
+    start = torch.zeros((), dtype=torch.int64)
+    return while_loop(lambda i, h, w: i < 3, step, (start, x.clone(), m.a.weight))[1]
+
+
+@pytest.mark.parametrize(
+    "body", [_scan_carry, _scan_row, _scan_carried_twice, _cond_view, _while_carry]
+)
+def test_a_loop_or_branch_that_is_given_what_it_reads(body: Callable[..., Any]) -> None:
+    _compare(body, train=False)
+
+
+@pytest.mark.parametrize("body", [_scan_carry, _cond_view])
+def test_the_same_in_training(body: Callable[..., Any]) -> None:
+    if body is _scan_carry and torch.__version__ < "2.13":
+        pytest.skip("this torch cannot train through these scans")
+    _compare(body, train=True)
+
+
+def test_a_copy_is_no_evaluation() -> None:
+    report = _compare(_scan_carry, train=False)
+    (entry,) = report.entries
+    assert (entry.accesses, entry.evaluations, entry.runs) == (2, 1, 1)
+
+
+def test_hoisting_again_changes_nothing() -> None:
+    model, graphs = _Pair(_there_and_back), []
+
+    def keep(gm: Any, inputs: Any) -> Any:
+        fxparam.hoist(gm, grad_enabled=True)
+        graphs.append((gm, str(gm.graph), fxparam.hoist(gm, grad_enabled=True).modified))
+        return gm
+
+    torch.compile(model, backend=keep)(torch.randn(3, 5, dtype=torch.float64))
+    ((gm, before, modified),) = graphs
+    assert (str(gm.graph), modified) == (before, False)
