@@ -135,7 +135,7 @@ def _two_regions(m: Cell, x: Tensor) -> Tensor:
 
 
 def _region_in_region(m: Cell, x: Tensor) -> Tensor:
-    return _step_region(m, _two_regions(m, _two_regions(m, x)))
+    return _two_regions(m, _two_regions(m, x))
 
 
 @torch.compiler.nested_compile_region
