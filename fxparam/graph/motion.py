@@ -34,7 +34,6 @@ from fxparam.graph.legality import (
 from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
 from fxparam.graph.nodes import ancestors, attribute_of, value_of
 from fxparam.graph.operands import (
-    current_call,
     drop_operands,
     merge_operands,
     used_operands,
@@ -169,7 +168,7 @@ def _move_group(
     used = used_operands(contexts[0])
     firsts = [places[0] for places in crossing.values()]
     for context in contexts:
-        call = current_call(context)
+        call = context.current
         copies: dict[Node, Any] = {}
         for index, body in enumerate(group):
             wanted = [node for i, node in firsts if i == index]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.nodes import value_of
 from fxparam.graph.scopes import Context
 
 __all__ = [
-    "current_call",
     "drop_operands",
     "merge_operands",
     "used_operands",
@@ -17,16 +15,9 @@ __all__ = [
 ]
 
 
-def current_call(context: Context) -> Call:
-    """The call as it is now: merging has replaced operands since it was looked at."""
-    call = call_of(context.parent.gm, context.call.node)
-    assert call is not None
-    return call
-
-
 def merge_operands(contexts: list[Context]) -> int:
     """Make operands one that are the same in each call; ops refuse operands that alias."""
-    calls = [current_call(context) for context in contexts]
+    calls = [context.current for context in contexts]
     seats: dict[tuple[int, ...], int] = {}
     doubled: dict[int, int] = {}
     for i, column in enumerate(zip(*(call.operands for call in calls), strict=True)):
@@ -79,7 +70,7 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
 
 def used_operands(context: Context) -> set[int]:
     """Indices of the operands that a body reads."""
-    call = current_call(context)
+    call = context.current
     skip = len(call.varying)
     columns = zip(*(body.placeholders[skip:] for body in call.bodies), strict=True)
     return {i for i, column in enumerate(columns) if any(p.users for p in column)}
@@ -87,9 +78,9 @@ def used_operands(context: Context) -> set[int]:
 
 def drop_operands(contexts: list[Context], unused: set[int]) -> None:
     """Take operands that nothing reads any more from the calls and from their bodies."""
-    bodies = current_call(contexts[0]).bodies
+    bodies = contexts[0].current.bodies
     for context in contexts:
-        call = current_call(context)
+        call = context.current
         call.set_operands([v for i, v in enumerate(call.operands) if i not in unused])
     skip = len(contexts[0].call.varying)
     for body in bodies:

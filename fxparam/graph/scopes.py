@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from fxparam.graph.bodies import Call
+from fxparam.graph.bodies import Call, call_of
 from fxparam.graph.derived import Derived, derive, is_parameter
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.nodes import ancestors
@@ -28,6 +28,13 @@ class Context:
     call: Call
     index: int  # of the body among those of the call
     inner: tuple[EffectTable, ...]  # of all bodies of the call
+
+    @property
+    def current(self) -> Call:
+        """The call as it is now: merging and motion have changed operands since the analysis."""
+        call = call_of(self.parent.gm, self.call.node)
+        assert call is not None
+        return call
 
     @property
     def loops(self) -> bool:
@@ -86,7 +93,7 @@ def inputs_in_each_run(scope: Scope, nodes: Iterable[Node]) -> Iterator[frozense
         yield frozenset(inputs)
         return
     for context in {c.call.node: c for c in scope.live}.values():
-        call = context.call
+        call = context.current
         given = (*call.varying, *call.operands)
         seats = dict(zip(call.bodies[context.index].placeholders, given, strict=True))
         operands = [seats[n] for n in inputs if isinstance(seats.get(n), Node)]

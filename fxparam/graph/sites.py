@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from fxparam.graph.numbering import key_of
-from fxparam.graph.operands import current_call
 from fxparam.graph.scopes import Context, Scope
 from fxparam.graph.share import Shared
 
@@ -53,7 +52,7 @@ class Sites:
             self._runs[numbers[node]].add((context.call.node, context.index))
 
     def _numbers(self, body: Movable, context: Context) -> dict[Node, Hashable]:
-        call = current_call(context)
+        call = context.current
         given = (*call.varying, *call.operands)
         placeholders = call.bodies[context.index].placeholders
         outer = self.shared.number

@@ -165,6 +165,19 @@ def _while(m: Cell, x: Tensor) -> Tensor:
     return while_loop(condition, body, (torch.tensor(0), x))[1]
 
 
+def _while_in_while(m: Cell, x: Tensor) -> Tensor:
+    def condition(i: Tensor, h: Tensor) -> Tensor:
+        return i < 3
+
+    def inner(i: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, torch.tanh(h + m.cell.bias)
+
+    def outer(i: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, while_loop(condition, inner, (torch.tensor(0), m.step(h)))[1]
+
+    return while_loop(condition, outer, (torch.tensor(0), x))[1]
+
+
 TRAINED = [
     _python_loop,
     _scan,
@@ -233,7 +246,9 @@ def test_one_evaluation_forward_and_one_backward(body: Callable[..., Any], fullg
     assert counts == (1, 1)
 
 
-@pytest.mark.parametrize("body", [*TRAINED, _scan_of_scan, _while], ids=lambda body: body.__name__)
+@pytest.mark.parametrize(
+    "body", [*TRAINED, _scan_of_scan, _while, _while_in_while], ids=lambda body: body.__name__
+)
 def test_one_evaluation_in_inference(body: Callable[..., Any]) -> None:
     counts, _ = _counted(body, train=False, fullgraph=True)
     assert counts == (1, 0)
