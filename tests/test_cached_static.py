@@ -292,6 +292,46 @@ def test_what_cannot_be_moved_is_refused() -> None:
         compiled(torch.randn(4, 3, dtype=torch.float64))
 
 
+class _Clipping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-0.1, 0.1)
+
+
+class _Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Clipping.apply(x)
+
+
+def test_one_backward_for_a_region_around_a_loop() -> None:
+    """Several are another gradient where the backward is not additive: asked for, it is one."""
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", _Clipped())
+    twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
+
+    def by_map(layer: nn.Module, x: Tensor) -> Tensor:
+        with fxparam.cached():
+            return torch_map(lambda row: layer(row), x)
+
+    def by_loop(layer: nn.Module, x: Tensor) -> Tensor:
+        with fxparam.cached():
+            return torch.stack([layer(row) for row in x])
+
+    expected, actual = (
+        by_loop(layer, x),
+        torch.compile(by_map, backend=fxparam.backend("aot_eager"))(twin, x),
+    )
+    assert_close(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert_close(q.grad, p.grad)
+
+
 def test_torchs_own_cached_keeps_working() -> None:
     def body(m: Model, x: Tensor) -> Tensor:
         with torch.nn.utils.parametrize.cached():

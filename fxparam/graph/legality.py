@@ -71,6 +71,7 @@ def obstacle(
     node: Node,
     *,
     drawn_once: bool = False,
+    asked_for: bool = False,
 ) -> Rule | None:
     """The rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the call.
 
@@ -78,12 +79,13 @@ def obstacle(
         around: the effects of the graph that has the call, and of those around it, in that order.
         inner: the effects of the bodies, that of ``node`` first.
         drawn_once: random numbers are drawn once for all runs of the body.
+        asked_for: a ``cached()`` region around the call evaluates once, in eager code as well.
     """
     table = inner[0]
     impure = has_effects(table, node)
     if impure is not None and not (impure is Rule.RANDOM and drawn_once):
         return impure
-    if not has_one_backward_for_all(table, node):
+    if not (asked_for or has_one_backward_for_all(table, node)):
         return Rule.NOT_ADDITIVE
     if not runs_under_the_modes_of_the_call(around[0], call, table, node):
         return Rule.MODES_DIFFER

@@ -119,10 +119,16 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
             continue
         if not all(n in found.stays or n in found.nodes for n in node.all_input_nodes):
             continue
-        drawn = [_is_drawn_once(c, node) for c in scope.live]
         why = [
-            obstacle(c.around, c.call.node, _from(c.inner, c.index), node, drawn_once=once)
-            for c, once in zip(scope.live, drawn, strict=True)
+            obstacle(
+                context.around,
+                context.call.node,
+                _from(context.inner, context.index),
+                node,
+                drawn_once=_is_drawn_once(context, node),
+                asked_for=_is_asked_for(context, node),
+            )
+            for context in scope.live
         ]
         refused = next((rule for rule in why if rule is not None), None)
         if refused is None:
@@ -132,6 +138,12 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
     return found
 
 
+def _is_asked_for(context: Context, node: Node) -> bool:
+    """Whether a ``cached()`` region around the call evaluates once."""
+    mark = evaluation_mark(node)
+    return mark is not None and mark[0] == region_mark(context.call.node)
+
+
 def _is_drawn_once(context: Context, node: Node) -> bool:
     """Whether the random numbers of a node are those of a ``cached()`` region around the call.
 
@@ -139,7 +151,7 @@ def _is_drawn_once(context: Context, node: Node) -> bool:
     which they would have their turn.
     """
     mark = evaluation_mark(node)
-    if mark is None or mark[0] != region_mark(context.call.node):
+    if mark is None or not _is_asked_for(context, node):
         return False
     if not context.call.bodies[context.index].always:
         return False

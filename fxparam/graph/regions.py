@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
-from fxparam.graph.legality import Rule, has_effects
+from fxparam.graph.legality import Rule, has_effects, has_one_backward_for_all
 from fxparam.graph.marks import evaluation_mark, region_mark
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
@@ -162,8 +162,9 @@ def check_regions(scopes: list[Scope]) -> None:
     """Refuse what the eager ``cached()`` would share and the pass could not.
 
     Raises:
-        RuntimeError: an evaluation with effects is left in a body that its region encloses, and
-            would run again there or elsewhere in the region.
+        RuntimeError: an evaluation with effects, or without one backward for all accesses, is left
+            in a body that its region encloses, and would run again there or elsewhere in the
+            region.
     """
     sites: Counter[tuple[str, str]] = Counter()
     inside: list[tuple[Marked, bool]] = []
@@ -171,8 +172,9 @@ def check_regions(scopes: list[Scope]) -> None:
         for evaluation in marked_evaluations(scope.gm):
             sites[evaluation.region, evaluation.chain] += 1
             enclosing = [c for c in scope.contexts if region_mark(c.call.node) == evaluation.region]
-            effects = any(has_effects(t, n) for t in scope.tables for n in _calls(evaluation))
-            if enclosing and effects:
+            calls = _calls(evaluation)
+            told = any(_tells_runs_apart(t, n) for t in scope.tables for n in calls)
+            if enclosing and told:
                 inside.append((evaluation, is_run_again(scope, ())))
     for evaluation, repeated in inside:
         if repeated or sites[evaluation.region, evaluation.chain] > 1:
@@ -182,9 +184,14 @@ def check_regions(scopes: list[Scope]) -> None:
                 "with effects only where they can be moved in front of it.\n"
                 f"required: {site[1] if site else 'the tensor'} is read before the loop or branch, "
                 "or its parametrizations write nothing\n"
-                "found: it is read inside alone, and its parametrizations write or draw random "
-                "numbers"
+                "found: it is read inside alone, and its parametrizations write, draw random "
+                "numbers or have a backward that is not additive"
             )
+
+
+def _tells_runs_apart(table: EffectTable, node: Node) -> bool:
+    """Whether one run of a node is another program than several."""
+    return has_effects(table, node) is not None or not has_one_backward_for_all(table, node)
 
 
 def _calls(evaluation: Marked) -> list[Node]:
