@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 import fxparam
+from fxparam.graph.evaluations import evaluations
 
 transformers: Any = pytest.importorskip("transformers")
 layers: Any = pytest.importorskip("orthogonium.layers")
@@ -71,8 +72,15 @@ MODELS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 ]
 
 
-def _lists(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, ParametrizationList)]
+def _parametrized(model: nn.Module) -> list[str]:
+    """Tensors; those of parametrizations that are parametrized themselves belong to them."""
+    lists = [n for n, m in model.named_modules() if isinstance(m, ParametrizationList)]
+    outermost = [name for name in lists if name.count("parametrizations.") == 1]
+    return [name.replace("parametrizations.", "") for name in outermost]
+
+
+def _evaluated(graph: torch.fx.Graph) -> list[str]:
+    return [evaluation.name for evaluation in evaluations(graph)]
 
 
 @torch.no_grad()
@@ -80,7 +88,7 @@ def _lists(model: nn.Module) -> list[str]:
 def test_exported_and_traced(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(shape)
-    assert _lists(model)
+    assert _parametrized(model)
     expected = copy.deepcopy(model)(x)
 
     def close(actual: Tensor) -> None:
@@ -89,6 +97,7 @@ def test_exported_and_traced(make: Callable[[], nn.Module], shape: tuple[int, ..
     program = fxparam.export(model, (x,))
     assert not fxparam.hoist(program.graph_module).modified
     close(copy.deepcopy(program).module()(x))
+    assert sorted(_evaluated(program.graph)) == sorted(_parametrized(model))
     if make is classifier:
         with pytest.raises(ValueError, match=r"0\.weight"):
             fxparam.fold(program)
@@ -96,9 +105,11 @@ def test_exported_and_traced(make: Callable[[], nn.Module], shape: tuple[int, ..
     else:
         folded = fxparam.fold(program)
         close(folded.module()(x))
+        assert not _evaluated(folded.graph)
         assert not [name for name in folded.state_dict if "parametrizations" in name]
         assert len(folded.graph.nodes) < len(program.graph.nodes)
         twin = copy.deepcopy(model)
         gm = fxparam.symbolic_trace(twin, example_inputs=(x,))
         assert list(gm.state_dict()) == list(twin.state_dict())
         close(gm(x))
+        assert sorted(_evaluated(gm.graph)) == sorted(_parametrized(model))
