@@ -332,6 +332,29 @@ def test_one_backward_for_a_region_around_a_loop() -> None:
         assert_close(q.grad, p.grad)
 
 
+def test_a_value_of_a_region_that_escapes_is_not_used_after_it() -> None:
+    """One of the accesses in the region returns a view: the region's value is written outside."""
+    layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", helpers.MatrixExponential())
+    twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
+
+    def forward(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+        with fxparam.cached():
+            h = x + 0.5 * layer.weight.sum()
+            shown = layer.weight.detach()
+        return layer(h), shown
+
+    for inner in ("eager", "aot_eager"):
+        gradients = []
+        compiled = torch.compile(forward, backend=fxparam.backend(inner))
+        for run, model in ((forward, layer), (compiled, twin)):
+            out, shown = run(model, x)
+            with torch.no_grad():
+                shown.mul_(2)
+            gradients += torch.autograd.grad(out.square().sum(), list(model.parameters()))
+        assert_close(*gradients)
+
+
 def test_torchs_own_cached_keeps_working() -> None:
     def body(m: Model, x: Tensor) -> Tensor:
         with torch.nn.utils.parametrize.cached():

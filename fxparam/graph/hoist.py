@@ -3,9 +3,10 @@
 Run before autograd, one value means one backward: merged after it, as torch's own CSE passes do,
 the N backwards of N cotangents stay.
 
-Each round looks at the effects of every graph, shares what repeats in each (in ``cached()`` regions
-with its effects), and moves values one graph outwards. The rounds end when nothing moves and, where
-there are bodies, nothing was shared: the last one sees the graphs as they are left.
+Each round looks at the effects of every graph. What repeats in ``cached()`` regions is shared with
+its effects, then what repeats in each graph, and values move one graph outwards. The rounds end
+when nothing moves and, where there are bodies, nothing was shared: the last one sees the graphs as
+they are left.
 """
 
 from __future__ import annotations
@@ -70,12 +71,17 @@ def hoist(
         scopes = scopes_of(gm, analyze(gm, grad_enabled=grad_enabled))
         if before is None:
             before = sites_of(scopes)
-        in_regions = {scope: share_regions(scope) for scope in scopes}
+        in_regions = {scope.gm: len(share_regions(scope)) for scope in scopes}
+        if any(in_regions.values()):
+            # What is left of a region leaves the graph, and is written, where any of it did.
+            merged += sum(in_regions.values())
+            changed |= {module for module, count in in_regions.items() if count}
+            continue
         shared = {scope: share(scope, max_bytes) for scope in scopes}
         step = move_out(scopes, shared, max_bytes)
         before_step = merged
         for scope in scopes:
-            count = len(in_regions[scope]) + len(shared[scope].merged)
+            count = len(shared[scope].merged)
             merged += count
             if count or step.values or step.operands:
                 changed.add(scope.gm)
