@@ -41,16 +41,18 @@ def copy_aliases(scopes: list[Scope]) -> set[GraphModule]:
 
 def _copy_aliases_of(context: Context) -> bool:
     call, parent = context.call.node, context.parent
-    candidates = parent.derived.candidates
+    computed = parent.derived.candidates
+    if parent.contexts:  # what came out of a body may have come in from around
+        computed |= parent.derived.nodes
     operands: list[Node] = []
     map_arg((call.args, call.kwargs), operands.append)
     # What is not computed is not copied.
-    seen = [n for n in operands if isinstance(value_of(n), Tensor) and n not in candidates]
+    seen = [n for n in operands if isinstance(value_of(n), Tensor) and n not in computed]
     copied = False
 
     def separate(node: Node) -> Node:
         nonlocal copied
-        if node not in candidates or not isinstance(value_of(node), Tensor):
+        if node not in computed or not isinstance(value_of(node), Tensor):
             return node
         if any(_aliases(table, node, seen, context.inner) for table in parent.tables):
             copied = True

@@ -127,8 +127,22 @@ def _while_carry(m: _Pair, x: Tensor) -> Tensor:
     return while_loop(lambda i, h, w: i < 3, step, (start, x.clone(), m.a.weight))[1]
 
 
+def _region_in_a_scan(m: _Pair, x: Tensor) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> Any:
+        h = _given(m, _given(m, h + row, m.a.weight), m.b.weight)
+        return h + 0, h * 2
+
+    return scan(step, x, _steps())[1]
+
+
+@torch.compiler.nested_compile_region
+def _given(m: _Pair, x: Tensor, w: Tensor) -> Tensor:
+    return torch.tanh(x @ w + m.a(x))
+
+
 @pytest.mark.parametrize(
-    "body", [_scan_carry, _scan_row, _scan_carried_twice, _cond_view, _while_carry]
+    "body",
+    [_region_in_a_scan, _scan_carry, _scan_row, _scan_carried_twice, _cond_view, _while_carry],
 )
 def test_a_loop_or_branch_that_is_given_what_it_reads(body: Callable[..., Any]) -> None:
     _compare(body, train=False)
