@@ -332,6 +332,29 @@ def test_one_backward_for_a_region_around_a_loop() -> None:
         assert_close(q.grad, p.grad)
 
 
+def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", _Clipped())
+    twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
+
+    def unused(h: Tensor) -> Tensor:
+        _ = twin.weight
+        return h + 1
+
+    def forward(x: Tensor) -> Tensor:
+        with fxparam.cached():
+            return twin(torch.cond(x.sum() < 0, lambda h: h + 0, unused, (x,)))
+
+    actual = torch.compile(forward, backend=fxparam.backend("aot_eager"))(x)
+    expected = layer(x + (x.sum() >= 0))
+    assert_close(actual, expected)
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert_close(
+            torch.autograd.grad(actual.sum(), q, retain_graph=True),
+            torch.autograd.grad(expected.sum(), p, retain_graph=True),
+        )
+
+
 def test_a_value_of_a_region_that_escapes_is_not_used_after_it() -> None:
     """One of the accesses in the region returns a view: the region's value is written outside."""
     layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)

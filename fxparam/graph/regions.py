@@ -172,9 +172,7 @@ def check_regions(scopes: list[Scope]) -> None:
         for evaluation in marked_evaluations(scope.gm):
             sites[evaluation.region, evaluation.chain] += 1
             enclosing = [c for c in scope.contexts if region_mark(c.call.node) == evaluation.region]
-            calls = _calls(evaluation)
-            told = any(_tells_runs_apart(t, n) for t in scope.tables for n in calls)
-            if enclosing and told:
+            if enclosing and any(_tells_runs_apart(evaluation, t) for t in scope.tables):
                 inside.append((evaluation, is_run_again(scope, ())))
     for evaluation, repeated in inside:
         if repeated or sites[evaluation.region, evaluation.chain] > 1:
@@ -189,9 +187,13 @@ def check_regions(scopes: list[Scope]) -> None:
             )
 
 
-def _tells_runs_apart(table: EffectTable, node: Node) -> bool:
-    """Whether one run of a node is another program than several."""
-    return has_effects(table, node) is not None or not has_one_backward_for_all(table, node)
+def _tells_runs_apart(evaluation: Marked, table: EffectTable) -> bool:
+    """Whether one run of an evaluation is another program than several."""
+    calls = _calls(evaluation)
+    if any(has_effects(table, node) is not None for node in calls):
+        return True
+    used = any(user not in evaluation.nodes for node in calls for user in node.users)
+    return used and not all(has_one_backward_for_all(table, node) for node in calls)
 
 
 def _calls(evaluation: Marked) -> list[Node]:
