@@ -27,6 +27,7 @@ class Writer:
         self.holders = tuple(h for h in holders if h.name != "singular")
         self.singular = len(self.holders) < len(holders)
         self.pure = [h for h in self.holders if not _IMPURE & {link.kind for link in h.chain}]
+        self.solves = any(link.kind == "cayley" for h in holders for link in h.chain)
         self.names: list[str] = []  # variables that hold a value, in scope
         self.in_body = False
         self.in_checkpoint = False
@@ -59,6 +60,10 @@ class Writer:
             barred |= {"scan", "cond", "map", "region"}
         if self.dtype == "complex64" and self.grad:
             barred |= {"scan", "map"}
+        if self.solves and self.grad:
+            # Its check for singular matrices is an effect: torch 2.13 cannot train a `cond` with
+            # one, and loses the gradient of a region with one.
+            barred |= {"cond", "region"}
         return barred
 
     def name(self, stem: str) -> str:
