@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.aliases import copy_aliases
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
-from fxparam.graph.evaluations import Evaluation, evaluations, sites_of
+from fxparam.graph.evaluations import Evaluation, evaluations
 from fxparam.graph.legality import Rule
 from fxparam.graph.motion import Moved, move_out
 from fxparam.graph.nodes import body_of
@@ -26,6 +26,7 @@ from fxparam.graph.regions import check_regions, share_regions
 from fxparam.graph.report import Report, make_report
 from fxparam.graph.scopes import scopes_of
 from fxparam.graph.share import share
+from fxparam.graph.values import sites_of
 
 __all__ = ["HoistResult", "hoist"]
 
@@ -91,9 +92,9 @@ def hoist(
         shared_with_bodies = merged > before_step and len(scopes) > 1
         if not (step.values or step.operands or shared_with_bodies):
             break
+    check_regions(scopes)
     if changed:
         changed |= copy_aliases(scopes)
-    check_regions(scopes)
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():
         refusals.update(result.refusals)
