@@ -224,9 +224,11 @@ def _stays_inside(
     body: Movable, node: Node, sites: Mapping[Scope, Sites], max_bytes: float
 ) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
-    scope = body.scope
-    if node not in scope.derived.candidates or not isinstance(value_of(node), torch.Tensor):
-        return True  # a constant of the user's, a number, a tuple
+    scope, derived = body.scope, body.scope.derived
+    if node not in derived.candidates or not isinstance(value_of(node), torch.Tensor):
+        return True  # a number, a tuple
+    if node in derived.constants:
+        return True  # goes where what is computed from it goes
     if _is_view(scope.tables[0], node):
         return True
     repeated = False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -480,3 +480,23 @@ def test_an_evaluation_that_leaves_a_body_in_part_is_one() -> None:
     (entry,) = fx.last_report.entries
     assert fx.last_report.merged > 0
     assert (entry.accesses, entry.evaluations, entry.runs) == (3, 3, 3)
+
+
+def test_a_constant_does_not_leave_a_checkpoint_alone() -> None:
+    """The evaluation stays, for its original is written: with its identity matrix moved out, torch
+    2.13 could not partition the graph."""
+    layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    parametrizations.orthogonal(layer, orthogonal_map="cayley")
+    twin, x = copy.deepcopy(layer), torch.randn(2, 3, dtype=torch.float64)
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            layer.parametrizations.weight.original.detach().add_(0.1)
+        _ = layer.weight
+        return checkpoint(layer, x, use_reentrant=False)
+
+    compiled = torch.compile(forward, backend=fxparam.backend("aot_eager"))
+    for run, model in ((forward, layer), (compiled, twin)):
+        run(model, x).square().sum().backward()
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
