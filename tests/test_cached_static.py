@@ -355,6 +355,39 @@ def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
         )
 
 
+class _PlusOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + 1
+
+
+def test_a_branch_that_is_not_taken_has_no_backward() -> None:
+    class Plus(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return _PlusOne.apply(x)
+
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", Plus())
+    twin, x = copy.deepcopy(layer), torch.rand(3, 3, dtype=torch.float64)
+
+    def forward(x: Tensor) -> Tensor:
+        h = twin(x) ** 2
+        with fxparam.cached():
+            return torch.cond(h.sum() < 0, lambda h: h @ twin.weight, lambda h: h * 2, (h,))
+
+    actual = torch.compile(forward, backend=fxparam.backend("aot_eager"))(x)
+    expected = 2 * layer(x) ** 2
+    assert_close(actual, expected)
+    assert_close(
+        torch.autograd.grad(actual.sum(), list(twin.parameters())),
+        torch.autograd.grad(expected.sum(), list(layer.parameters())),
+    )
+
+
 def test_a_value_of_a_region_that_escapes_is_not_used_after_it() -> None:
     """One of the accesses in the region returns a view: the region's value is written outside."""
     layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)

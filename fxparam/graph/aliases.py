@@ -13,13 +13,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from fxparam.graph.effects import EffectTable
-from fxparam.graph.nodes import value_of
+from fxparam.graph.nodes import meta_with, value_of
 from fxparam.graph.scopes import Context, Scope
 
 __all__ = ["copy_aliases"]
-
-# Those whose bodies torch traces by themselves; others become part of the graph around.
-_TRACED = {"scan", "associative_scan", "map_impl", "while_loop", "cond", "invoke_subgraph"}
 
 
 def copy_aliases(scopes: list[Scope]) -> set[GraphModule]:
@@ -34,7 +31,7 @@ def copy_aliases(scopes: list[Scope]) -> set[GraphModule]:
     changed = set()
     contexts = {c.call.node: c for scope in scopes for c in scope.live}
     for context in contexts.values():
-        if context.call.op in _TRACED and _copy_aliases_of(context):
+        if not context.call.inlined and _copy_aliases_of(context):
             changed.add(context.parent.gm)
     return changed
 
@@ -68,14 +65,15 @@ def _aliases(
     table: EffectTable, node: Node, others: list[Node], bodies: tuple[EffectTable, ...]
 ) -> bool:
     storages = table.of[node].storages
+    # What the body writes is to be seen through the others. Through a result nobody can write to an
+    # operand later: torch refuses bodies that return one.
     if any(body.written(storages) for body in bodies):
-        return False  # what the body writes is to be seen through the others
+        return False
     return any(storages & table.of[other].storages for other in others)
 
 
 def _copy(node: Node, call: Node) -> Node:
     with call.graph.inserting_before(call):
         copied = call.graph.call_function(torch.ops.aten.clone.default, (node,))
-    key = "example_value" if "example_value" in node.meta else "val"
-    copied.meta = {**node.meta, key: value_of(node).clone()}
+    copied.meta = meta_with(node, value_of(node).clone())
     return copied

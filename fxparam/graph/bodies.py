@@ -30,6 +30,7 @@ class _Layout:
             ``spread``.
         always: positions of the bodies that run at least once whenever the op runs.
         branches: of the bodies, one runs.
+        inlined: torch traces the body as a part of the graph around, not by itself.
     """
 
     bodies: tuple[int, ...]
@@ -38,6 +39,7 @@ class _Layout:
     spread: bool = False
     always: tuple[int, ...] = ()
     branches: bool = False
+    inlined: bool = False
 
 
 _LAYOUTS = {
@@ -46,9 +48,9 @@ _LAYOUTS = {
     "map_impl": _Layout(bodies=(0,), varying=(1,), operands=2),
     "while_loop": _Layout(bodies=(0, 1), varying=(2,), operands=3, always=(0,)),
     "cond": _Layout(bodies=(1, 2), varying=(), operands=3, branches=True),
-    "wrap_with_set_grad_enabled": _Layout((1,), (), operands=2, spread=True, always=(1,)),
-    "wrap": _Layout(bodies=(0,), varying=(), operands=1, spread=True, always=(0,)),
-    "tag_activation_checkpoint": _Layout((0,), (), operands=1, spread=True, always=(0,)),
+    "wrap_with_set_grad_enabled": _Layout((1,), (), 2, spread=True, always=(1,), inlined=True),
+    "wrap": _Layout((0,), (), 1, spread=True, always=(0,), inlined=True),
+    "tag_activation_checkpoint": _Layout((0,), (), 1, spread=True, always=(0,), inlined=True),
     "invoke_subgraph": _Layout((0,), (), operands=2, spread=True, always=(0,)),
 }
 
@@ -99,6 +101,11 @@ class Call:
     def loops(self) -> bool:
         """Its bodies run more than once, on other carries or slices each time."""
         return bool(_LAYOUTS[self.op].varying)
+
+    @property
+    def inlined(self) -> bool:
+        """torch traces its body as a part of the graph around, not by itself."""
+        return _LAYOUTS[self.op].inlined
 
     def set_operands(self, operands: list[Any]) -> None:
         """Give the node other operands; its bodies' placeholders are the caller's to change."""

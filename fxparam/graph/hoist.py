@@ -80,17 +80,14 @@ def hoist(
             continue
         shared = {scope: share(scope, max_bytes) for scope in scopes}
         step = move_out(scopes, shared, max_bytes)
-        before_step = merged
-        for scope in scopes:
-            count = len(shared[scope].merged)
-            merged += count
-            if count or step.values or step.operands:
-                changed.add(scope.gm)
+        moves = step.values or step.operands
+        repeated = sum(len(each.merged) for each in shared.values())
+        merged += repeated
+        changed |= {scope.gm for scope in scopes if moves or shared[scope].merged}
         for name, calls in step.origins.items():
             moved.origins.setdefault(name, {}).update(calls)
         moved.values += step.values
-        shared_with_bodies = merged > before_step and len(scopes) > 1
-        if not (step.values or step.operands or shared_with_bodies):
+        if not (moves or (repeated and len(scopes) > 1)):
             break
     check_regions(scopes)
     if changed:

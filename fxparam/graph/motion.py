@@ -139,9 +139,15 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
 
 
 def _is_asked_for(context: Context, node: Node) -> bool:
-    """Whether a ``cached()`` region around the call evaluates once."""
+    """Whether a ``cached()`` region around the call evaluates once, whenever the call is run.
+
+    Not so in a branch: one that is not taken evaluates nothing, and a backward that is not additive
+    may make a gradient out of none.
+    """
     mark = evaluation_mark(node)
-    return mark is not None and mark[0] == region_mark(context.call.node)
+    if mark is None or mark[0] != region_mark(context.call.node):
+        return False
+    return context.call.bodies[context.index].always
 
 
 def _is_drawn_once(context: Context, node: Node) -> bool:
@@ -152,8 +158,6 @@ def _is_drawn_once(context: Context, node: Node) -> bool:
     """
     mark = evaluation_mark(node)
     if mark is None or not _is_asked_for(context, node):
-        return False
-    if not context.call.bodies[context.index].always:
         return False
     drawing = [n for table in context.inner for n, e in table.of.items() if e.random]
     marks = [evaluation_mark(n) for n in drawing]

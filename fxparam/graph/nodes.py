@@ -11,12 +11,18 @@ from torch.fx import GraphModule, Node
 
 from fxparam._private import storage_identity, tree_flatten
 
-__all__ = ["ancestors", "attribute_of", "body_of", "is_view", "tensors_in", "value_of"]
+__all__ = ["ancestors", "attribute_of", "body_of", "is_view", "meta_with", "tensors_in", "value_of"]
 
 
 def value_of(node: Node) -> Any:
     """The node's example value, as Dynamo (``example_value``) or export (``val``) left it."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def meta_with(node: Node, value: Any) -> dict[str, Any]:
+    """The node's metadata, for one that has another example value."""
+    key = "example_value" if "example_value" in node.meta else "val"
+    return {**node.meta, key: value}
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

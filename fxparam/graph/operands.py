@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fxparam.graph.nodes import value_of
+from fxparam.graph.nodes import meta_with, value_of
 from fxparam.graph.scopes import Context
 
 __all__ = [
@@ -63,8 +63,7 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
         value = getattr(value, method)(argument)
         with operand.graph.inserting_after(seen):
             seen = operand.graph.call_method(method, (seen, argument))
-        key = "example_value" if "example_value" in operand.meta else "val"
-        seen.meta = {**operand.meta, key: value}
+        seen.meta = meta_with(operand, value)
     return seen
 
 

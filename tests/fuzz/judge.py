@@ -50,6 +50,7 @@ class Verdict(enum.Enum):
     TORCH = "torch's own mismatch"
     CHECKPOINT = "eager's own (recomputed from what was written since)"
     PARTITION = "aot_eager's own (recomputed from what was written since)"
+    REFUSED = "refused by name: cached() around a body"
     UNABLE = "skipped: torch cannot compile it either"
     INVALID = "skipped: raises in eager"
 
@@ -107,8 +108,9 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
     by_plain = differences(expected, plain)
     if plain.error is not None and actual.error is not None:
         alike = type(plain.error) is type(actual.error) or not _is_ours(actual.error)
-        alike |= "fxparam.cached() around" in str(actual.error)  # which says what it refuses
         verdict = Verdict.UNABLE if alike else Verdict.MISMATCH
+        if "fxparam.cached() around" in str(actual.error):
+            verdict = Verdict.REFUSED
     elif found.keys() <= by_plain.keys():
         verdict = Verdict.TORCH
     elif plain.error is not None and all(_is_zero_for_none(expected, actual, k) for k in found):

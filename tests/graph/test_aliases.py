@@ -14,6 +14,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils.parametrize import register_parametrization
 
 import fxparam
+from tests import helpers
 
 
 class _Squash(nn.Module):
@@ -150,8 +151,8 @@ def test_a_loop_or_branch_that_is_given_what_it_reads(body: Callable[..., Any]) 
 
 @pytest.mark.parametrize("body", [_scan_carry, _cond_view])
 def test_the_same_in_training(body: Callable[..., Any]) -> None:
-    if body is _scan_carry and torch.__version__ < "2.13":
-        pytest.skip("this torch cannot train through these scans")
+    if body is _scan_carry:
+        helpers.skip_unless_scans_train()
     _compare(body, train=True)
 
 
