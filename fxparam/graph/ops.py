@@ -100,6 +100,9 @@ class Ops:
     def effects(self, node: Node) -> OpEffects:
         """What a node's op does; ``UNKNOWN`` for what cannot run on fakes."""
         try:
+            picked = _picked(node)
+            if picked is not None:
+                return picked
             seat = {arg: i for i, arg in enumerate(node.all_input_nodes)}
             key: Hashable = (node.op, node.target, _spec(node.args, seat), _spec(node.kwargs, seat))
             if key not in self._seen:
@@ -107,6 +110,24 @@ class Ops:
             return self._seen[key]
         except Exception:  # data-dependent ops, wrapped values, whatever else fakes cannot do
             return UNKNOWN
+
+
+def _picked(node: Node) -> OpEffects | None:
+    """The effects of taking one of several results, without running it on fakes of all of them.
+
+    A loop over the rows of ``x.unbind()`` takes as many as there are.
+    """
+    if node.target is not operator.getitem or not isinstance(node.args[0], Node):
+        return None
+    several, place = value_of(node.args[0]), node.args[1]
+    if not isinstance(several, (tuple, list)) or not isinstance(place, int):
+        return None
+    place = range(len(several))[place]
+    count, before = len(tensors_in(several[place])), len(tensors_in(several[:place]))
+    if not count:
+        return None
+    aliases = tuple((frozenset({before + i}), None) for i in range(count))
+    return OpEffects(frozenset(), False, aliases)
 
 
 def _may_raise(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

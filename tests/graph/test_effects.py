@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxparam.graph import Effects, analyze
+from fxparam.graph import Effects, analyze, ops
 
 
 def _last(call: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node]) -> tuple[Effects, int]:
@@ -153,3 +153,39 @@ def test_what_is_not_torchs_may_write_anything() -> None:
 
 def _not_torchs(x: Tensor) -> Tensor:
     return x + 1
+
+
+@pytest.mark.parametrize("place", [2, -1])
+def test_one_of_several_results_is_that_one(place: int) -> None:
+    graph = torch.fx.Graph()
+    with FakeTensorMode() as mode:
+        x = graph.placeholder("x")
+        x.meta["example_value"] = mode.from_tensor(torch.ones(3, 2))
+        parts = graph.call_function(torch.svd, (x,))
+        parts.meta["example_value"] = torch.svd(x.meta["example_value"])
+        part = graph.call_function(operator.getitem, (parts, place))
+        part.meta["example_value"] = parts.meta["example_value"][place]
+    graph.output(part)
+    table = analyze(torch.fx.GraphModule({}, graph))
+    assert table.of[part].pure
+    assert table.of[part].values == (table.of[parts].values[2],)
+
+
+def test_rows_are_taken_without_running_ops_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over as many rows as there are would cost their square."""
+    observed = []
+    observe = ops._observe
+    monkeypatch.setattr(ops, "_observe", lambda n, m: observed.append(n) or observe(n, m))
+    graph = torch.fx.Graph()
+    with FakeTensorMode() as mode:
+        x = graph.placeholder("x")
+        x.meta["example_value"] = mode.from_tensor(torch.ones(50, 2))
+        rows = graph.call_function(torch.unbind, (x,))
+        rows.meta["example_value"] = torch.unbind(x.meta["example_value"])
+        taken = [graph.call_function(operator.getitem, (rows, i)) for i in range(50)]
+        for row, value in zip(taken, rows.meta["example_value"], strict=True):
+            row.meta["example_value"] = value
+    graph.output(tuple(taken))
+    table = analyze(torch.fx.GraphModule({}, graph))
+    assert observed == [rows]
+    assert all(table.of[row].values[0] >= table.of[x].values[0] for row in taken)
