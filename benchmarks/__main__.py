@@ -12,7 +12,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=float, default=900, help="seconds a process has for each contestant it runs"
     )
     add("--output", type=Path, default=Path("fxparam-bench.json"), help="JSON; plots beside it")
+    add("--resume", action="store_true", help="go on with the run of which --output has a part")
     add("--code", type=Path, metavar="FOLDER", help="keep the generated code there")
     add("--show", type=Path, metavar="JSON", help="print and draw a recorded run, and stop")
     return parser
@@ -92,7 +93,7 @@ def _print_list() -> None:
         print(f"  {each.name:26} {each.about}{note}")
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace, done: Iterable[tuple[str, int]] = ()) -> Plan:
     everything = [name for name, case in CASES.items() if case.quick or not options.quick]
     return Plan(
         cases=list(dict.fromkeys(options.case or everything)),
@@ -104,6 +105,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         probes=options.probes,
         limit=options.limit,
         code=options.code,
+        done=frozenset(done),
     )
 
 
@@ -175,13 +177,21 @@ def main(arguments: list[str]) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("skipped: this torch sees no CUDA device")
         return 0
-    plan = _plan(options)
+    asked = shlex.join(a for a in arguments if a != "--resume")
     results: dict[str, Any] = {
-        "command": f"python -m benchmarks {shlex.join(arguments)}".rstrip(),
+        "command": f"python -m benchmarks {asked}".rstrip(),
         "environment": environment(options.device),
         "dtype": options.dtype,
         "rows": [],
     }
+    if options.resume and options.output.exists():
+        recorded = json.loads(options.output.read_text())
+        problem = _is_another_run(recorded, results)
+        if problem is not None:
+            print(f"--resume {options.output}: {problem}", file=sys.stderr)
+            return 2
+        results = recorded
+    plan = _plan(options, ((row["case"], row["value"]) for row in results["rows"]))
     with _progress(console, plan.jobs()) as tick:
         for rows in run(plan, tick):
             results["rows"] += rows
@@ -191,6 +201,15 @@ def main(arguments: list[str]) -> int:
     _finish(results, options.output.with_suffix(""), console)
     _say(f"results: {options.output}", console)
     return 0
+
+
+def _is_another_run(recorded: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """Why figures of a recorded run may not stand beside those to come, if they may not."""
+    if recorded["command"] != results["command"]:
+        return f"the command there is {recorded['command']}"
+    there, here = ({**r["environment"], "date": ""} for r in (recorded, results))
+    changed = [key for key in here if there.get(key) != here[key]]
+    return f"made with another {', '.join(changed)}" if changed else None
 
 
 def _points(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

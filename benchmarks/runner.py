@@ -32,6 +32,7 @@ class Plan:
         probes: cold compilations of each contestant, of which the median counts.
         limit: seconds after which a process is ended, for each contestant that it runs.
         code: a folder to keep the generated code in.
+        done: cases and values of their knobs that are not measured again.
     """
 
     cases: list[str]
@@ -43,10 +44,14 @@ class Plan:
     probes: int = 1
     limit: float = 900.0
     code: Path | None = None
+    done: frozenset[tuple[str, int]] = frozenset()
 
     def points(self) -> list[tuple[Case, Size]]:
-        """Each case at each of its sizes."""
-        return [(CASES[name], size) for name in self.cases for size in self._sizes(CASES[name])]
+        """Each case at each of its sizes, but for what is done."""
+        points = [(CASES[name], size) for name in self.cases for size in self._sizes(CASES[name])]
+        return [
+            (case, size) for case, size in points if (case.name, case.knob(size)) not in self.done
+        ]
 
     def _sizes(self, case: Case) -> list[Size]:
         if self.grow:

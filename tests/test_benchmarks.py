@@ -262,6 +262,39 @@ def test_a_run_prints_its_table_and_writes_json_and_plots(
     assert (tmp_path / "bench.svg").exists()
 
 
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def job(job: dict[str, Any], limit: float) -> dict[str, Any]:
+        if len(measured) == 1 and not output_is_whole:
+            raise KeyboardInterrupt
+        if job["kind"] == "time":
+            measured.append((job["case"], job["size"]["steps"]))
+        return _fake_job(job, limit)
+
+    monkeypatch.setattr(runner, "run_job", job)
+    output = tmp_path / "bench.json"
+    given = ["--case", "ode", "--contestant", "fxparam", "--grow", "--output", str(output)]
+    output_is_whole = False
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*given, "--resume"])
+    output_is_whole = True
+    assert command.main([*given, "--resume"]) == 0
+    assert measured == [("ode", 8), ("ode", 32), ("ode", 128)]
+    results = json.loads(output.read_text())
+    assert [row["value"] for row in results["rows"]] == [8, 8, 32, 32, 128, 128]
+    assert "--resume" not in results["command"]
+    capsys.readouterr()
+    assert command.main([*given, "--rounds", "5", "--resume"]) == 2
+    assert "the command there is python -m benchmarks --case ode" in capsys.readouterr().err
+    results["environment"]["processor"] = "another"
+    output.write_text(json.dumps(results))
+    assert command.main([*given, "--resume"]) == 2
+    assert "made with another processor" in capsys.readouterr().err
+
+
 def test_the_table_needs_no_rich(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
