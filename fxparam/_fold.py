@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputSpec,
     TensorArgument,
 )
 from torch.fx import GraphModule, Node
@@ -96,7 +98,7 @@ def fold(program: ExportedProgram) -> ExportedProgram:
     return ExportedProgram(
         root=gm,
         graph=gm.graph,
-        graph_signature=ExportGraphSignature(inputs, list(signature.output_specs)),
+        graph_signature=ExportGraphSignature(inputs, _outputs(gm, signature)),
         state_dict={k: v for k, v in state.items() if k not in gone},
         range_constraints=program.range_constraints,
         module_call_graph=_without(program.module_call_graph, set(values.values()), inputs),
@@ -104,6 +106,15 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         constants={k: v for k, v in program.constants.items() if k not in gone},
         verifiers=program.verifiers,
     )
+
+
+def _outputs(gm: GraphModule, signature: ExportGraphSignature) -> list[OutputSpec]:
+    """The outputs under the names they have now: a value that is returned became an input."""
+    returned = next(reversed(gm.graph.nodes)).args[0]
+    return [
+        replace(spec, arg=TensorArgument(value.name)) if isinstance(value, Node) else spec
+        for value, spec in zip(returned, signature.output_specs, strict=True)
+    ]
 
 
 def _without(

@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 import torch
 
 from fxparam import _private
-from fxparam.graph.marks import EVALUATION, REGION
+from fxparam.graph.marks import REGION
 
 __all__ = ["UNTRACEABLE", "evaluation_of", "is_innermost", "is_open", "region"]
 
@@ -64,7 +64,7 @@ def is_innermost(mark: str) -> bool:
 
 @_constant
 def evaluation_of(chain: int, training: str) -> str:
-    """The mark of one evaluation of a chain; empty outside a region and in another evaluation.
+    """The mark of one evaluation of a chain; empty outside a region.
 
     Args:
         chain: the identity of a ``ParametrizationList``; torch 2.11 takes no module here.
@@ -74,7 +74,7 @@ def evaluation_of(chain: int, training: str) -> str:
     Inside a transform of ``torch.func`` the eager region hands out values of the code around it,
     which code on another level of the transform cannot be shown to do.
     """
-    if not _present(REGION) or _present(EVALUATION):
+    if not _present(REGION):
         return ""
     if _private.inside_functorch():
         return UNTRACEABLE

@@ -69,8 +69,13 @@ class Backend:
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
         drop_marks_of_other_traces(gm, trace_number())
         clear_trace_marks((REGION, EVALUATION))
-        # Dynamo restores the frame's own grad mode before it calls a backend.
-        result = hoist(gm, grad_enabled=torch.is_grad_enabled(), max_bytes=self._max_bytes)
+        # Dynamo restores the frame's own modes before it calls a backend.
+        result = hoist(
+            gm,
+            grad_enabled=torch.is_grad_enabled(),
+            autocast_now=True,
+            max_bytes=self._max_bytes,
+        )
         report = result.report
         self.reports.append(report)
         if report.entries or result.modified:

@@ -86,7 +86,8 @@ def cached() -> Iterator[None]:
     Note:
         What torch keeps no count of is not noticed: writes through ``tensor.data``, NumPy or
         DLPack, by fused optimizers (``fused=True``), and by batch norm to its running statistics;
-        and changes of a parametrization's Python attributes, hooks and ``forward``.
+        and changes of a parametrization's Python attributes, hooks and ``forward``. (Code compiled
+        by fxparam's backend does notice writes through ``tensor.data`` in its graph.)
         Inference tensors have no version counter: originals that are inference tensors are
         evaluated at each access, and a value read in inference mode must not be written in place.
 

@@ -303,6 +303,26 @@ def test_folding_without_parametrizations_changes_nothing() -> None:
     assert folded.graph_signature == program.graph_signature
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_folding_a_value_that_the_program_returns(twice: bool) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = weight_norm(nn.Linear(3, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            weights = [self.cell.weight, self.cell.weight] if twice else [self.cell.weight]
+            return {"weights": weights, "y": self.cell(x)}
+
+    model, x = Returns(), torch.randn(2, 3)
+    for program in (
+        fxparam.export(model, (x,), fold=True),
+        fxparam.fold(torch.export.export(model, (x,))),
+    ):
+        assert list(program.state_dict) == ["cell.bias", "cell.weight"]
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_folding_under_no_grad_in_the_model() -> None:
     class Frozen(Cell):
         def forward(self, x: Tensor) -> Tensor:

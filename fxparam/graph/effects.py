@@ -120,15 +120,18 @@ class EffectTable:
         return sum(max(0, bisect_left(p, before) - bisect_right(p, after)) for p in ordered)
 
 
-def analyze(gm: GraphModule, *, grad_enabled: bool | None = None) -> EffectTable:
+def analyze(
+    gm: GraphModule, *, grad_enabled: bool | None = None, autocast_now: bool = False
+) -> EffectTable:
     """The effects of every node, and those of the bodies that nodes run.
 
     Args:
         gm: a graph whose nodes carry ``meta["example_value"]`` (Dynamo) or ``meta["val"]``
             (export); nodes without are taken to do the worst.
         grad_enabled: the grad mode in which the graph starts; None when that is not known.
+        autocast_now: autocast is then as it is now; else that is not known.
     """
-    return _Analysis(gm, ModeStack(grad_enabled), _Numbers(), None).run()
+    return _Analysis(gm, ModeStack(grad_enabled, autocast_now), _Numbers(), None).run()
 
 
 class _Numbers:

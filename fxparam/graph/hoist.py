@@ -49,7 +49,11 @@ class HoistResult:
 
 
 def hoist(
-    gm: GraphModule, *, grad_enabled: bool | None = None, max_bytes: float = float("inf")
+    gm: GraphModule,
+    *,
+    grad_enabled: bool | None = None,
+    autocast_now: bool = False,
+    max_bytes: float = float("inf"),
 ) -> HoistResult:
     """Make repeated evaluations of a graph one, where the rules of sharing allow it.
 
@@ -57,6 +61,7 @@ def hoist(
         gm: a graph with fake tensors in its nodes' metadata, as Dynamo makes it; changed in
             place. A graph without that metadata is returned as it is.
         grad_enabled: the grad mode in which the graph is called, None if not known.
+        autocast_now: autocast is then as it is now; else that is not known.
         max_bytes: a value with more bytes is not shared.
 
     Returns:
@@ -69,7 +74,7 @@ def hoist(
     before: list[Evaluation] | None = None
     changed: set[GraphModule] = set()
     while True:
-        scopes = scopes_of(gm, analyze(gm, grad_enabled=grad_enabled))
+        scopes = scopes_of(gm, analyze(gm, grad_enabled=grad_enabled, autocast_now=autocast_now))
         if before is None:
             before = sites_of(scopes)
         in_regions = {scope.gm: len(share_regions(scope)) for scope in scopes}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -25,8 +26,8 @@ _PAIRS = {
     "_grad_increment_nesting": "_grad_decrement_nesting",
     "_jvp_increment_nesting": "_jvp_decrement_nesting",
 }
-# These two name the whole mode in their arguments; a functorch level is a new one each time.
-_BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
+# Names the whole mode in its arguments; a functorch level is a new one each time.
+_BY_VALUE = {"_enter_inference_mode"}
 _NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
 
 
@@ -36,26 +37,39 @@ def grad_may_be_enabled(key: Hashable) -> bool:
 
 
 class ModeStack:
-    """Follows the switches of one graph, in order."""
+    """Follows the switches of one graph, in order.
 
-    def __init__(self, grad_enabled: bool | None) -> None:
+    Args:
+        grad_enabled: the grad mode in which the graph starts; None when that is not known.
+        autocast_now: autocast is then as it is now; else that is not known.
+    """
+
+    def __init__(self, grad_enabled: bool | None, autocast_now: bool = False) -> None:
+        self._autocast_now = autocast_now
         self._fresh = itertools.count()
         self._base: Hashable = "entry"
         self._grad: Hashable = grad_enabled
+        self._autocast: dict[str, Hashable] = {}  # by device, where it is not that of the entry
         self._entered: list[tuple[str, Hashable]] = []
         self._taken: set[Node] = set()
         self._asked: dict[Node, Hashable] = {}  # the grad mode that a node answered
 
     def fork(self) -> ModeStack:
         """The modes in force here, to be followed into a body."""
-        copy = ModeStack(None)
+        copy = ModeStack(None, self._autocast_now)
         copy._fresh, copy._base, copy._grad = self._fresh, self._base, self._grad
+        copy._autocast = dict(self._autocast)
         copy._entered = list(self._entered)
         return copy
 
     @property
     def key(self) -> Hashable:
-        return (self._base, self._grad, tuple(self._entered))
+        return (
+            self._base,
+            self._grad,
+            frozenset(self._autocast.items()),
+            tuple(entry for entry in self._entered if entry[0] != "_enter_autocast"),
+        )
 
     def enter(self, node: Node) -> bool:
         """Take a mode switch; False if the node is none."""
@@ -67,14 +81,41 @@ class ModeStack:
             self.set_grad(node.args[0])
         elif name == "is_grad_enabled":
             self._asked[node] = self._grad
+        elif name == "_enter_autocast":
+            self._entered.append((name, self._set_autocast(*node.args)))
         elif name in _PAIRS:
             by_value = name in _BY_VALUE
             self._entered.append((name, literal_key(node.args) if by_value else next(self._fresh)))
         elif self._entered and _PAIRS[self._entered[-1][0]] == name:
-            self._entered.pop()
+            _, before = self._entered.pop()
+            if name == "_exit_autocast":
+                self._put_back(*before)  # type: ignore[misc]
         elif name not in _NEUTRAL:
             self._base = next(self._fresh)
         return True
+
+    def _set_autocast(
+        self, device: Any, dtype: Any = None, enabled: Any = True, *_: Any
+    ) -> tuple[str, Hashable]:
+        """A device's autocast becomes what it casts to, None where it is off.
+
+        Returns:
+            The device, and what it was.
+        """
+        before = self._autocast.get(device, _autocast_on_entry(device, self._autocast_now))
+        after: Hashable = None
+        if any(isinstance(v, Node) for v in (dtype, enabled)):
+            after = next(self._fresh)
+        elif enabled:
+            # Without a dtype, that of the autocast around, or the device's own where there is none.
+            after = dtype or (before if isinstance(before, torch.dtype) else ("default", before))
+        self._put_back(device, after)
+        return device, before
+
+    def _put_back(self, device: str, state: Hashable) -> None:
+        self._autocast[device] = state
+        if state == _autocast_on_entry(device, self._autocast_now):
+            del self._autocast[device]
 
     def set_grad(self, mode: object) -> None:
         """The grad mode becomes what a literal names, or what it was where it was asked for."""
@@ -82,6 +123,12 @@ class ModeStack:
             self._grad = self._asked[mode]
         else:
             self._grad = mode if isinstance(mode, bool) else next(self._fresh)
+
+
+def _autocast_on_entry(device: str, now: bool) -> Hashable:
+    if not now:
+        return "entry"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _is_switch(node: Node, switches: set[Node]) -> bool:

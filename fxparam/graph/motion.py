@@ -13,7 +13,7 @@ moves instead.
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,7 @@ from fxparam.graph.operands import (
     with_gradient_laid_out_alike,
 )
 from fxparam.graph.recompute import is_recomputed, recompute_as_before
+from fxparam.graph.regions import marked_evaluations
 from fxparam.graph.scopes import Context, Scope, is_run_again
 from fxparam.graph.share import Shared, erase_unused
 from fxparam.graph.sites import Movable, Sites
@@ -69,13 +70,14 @@ def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float)
     for group in groups:
         moved.operands += merge_operands(_calls(group))
     sites = {scope: Sites(shared[scope]) for scope in scopes}
+    marked = Counter((e.region, e.chain) for s in scopes for e in marked_evaluations(s.gm))
     movable = [[_movable(scope, moved) for scope in group] for group in groups]
     for bodies in movable:
         for body in bodies:
             for context in body.scope.live:
                 sites[context.parent].add(body, context)
     for bodies in movable:
-        _move_group(bodies, sites, moved, max_bytes)
+        _move_group(bodies, sites, marked, moved, max_bytes)
     return moved
 
 
@@ -169,12 +171,16 @@ def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
 
 
 def _move_group(
-    group: list[Movable], sites: Mapping[Scope, Sites], moved: Moved, max_bytes: float
+    group: list[Movable],
+    sites: Mapping[Scope, Sites],
+    marked: Mapping[tuple[str, str], int],
+    moved: Moved,
+    max_bytes: float,
 ) -> None:
     """Move values out of the bodies of one call, or of several calls of the same bodies."""
     crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
     for index, body in enumerate(group):
-        for node in _crossing(body, sites, moved, max_bytes):
+        for node in _crossing(body, sites, marked, moved, max_bytes):
             # One operand for one value, in whichever body it is read.
             number = tuple(numbers[node] for numbers in body.numbers)
             crossing[number].append((index, node))
@@ -198,7 +204,11 @@ def _move_group(
 
 
 def _crossing(
-    body: Movable, sites: Mapping[Scope, Sites], moved: Moved, max_bytes: float
+    body: Movable,
+    sites: Mapping[Scope, Sites],
+    marked: Mapping[tuple[str, str], int],
+    moved: Moved,
+    max_bytes: float,
 ) -> list[Node]:
     """The values that what stays in the body reads."""
     found: dict[Node, None] = {}
@@ -208,7 +218,7 @@ def _crossing(
         if node in seen or node not in body.nodes:
             return
         seen.add(node)
-        refused = _stays_inside(body, node, sites, max_bytes)
+        refused = _stays_inside(body, node, sites, marked, max_bytes)
         if refused is None:
             found[node] = None
             return
@@ -225,7 +235,11 @@ def _crossing(
 
 
 def _stays_inside(
-    body: Movable, node: Node, sites: Mapping[Scope, Sites], max_bytes: float
+    body: Movable,
+    node: Node,
+    sites: Mapping[Scope, Sites],
+    marked: Mapping[tuple[str, str], int],
+    max_bytes: float,
 ) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
     scope, derived = body.scope, body.scope.derived
@@ -235,7 +249,9 @@ def _stays_inside(
         return True  # goes where what is computed from it goes
     if _is_view(scope.tables[0], node):
         return True
-    repeated = False
+    mark = evaluation_mark(node)
+    # Random numbers have no number: another evaluation in the region shares them in front.
+    repeated = mark is not None and marked[mark[:2]] > 1
     for context, numbers in zip(scope.live, body.numbers, strict=True):
         number, around = numbers[node], sites[context.parent]
         if not runs_whenever_the_call_does(

@@ -62,34 +62,40 @@ def marked_evaluations(gm: GraphModule) -> list[Marked]:
 def share_regions(scope: Scope) -> set[Node]:
     """Take repeated evaluations of a graph's regions out; the nodes that were."""
     merged: set[Node] = set()
-    kept: dict[tuple[str, str], list[Marked]] = {}
+    kept: dict[tuple[str, str], list[list[Marked]]] = {}
     for again in marked_evaluations(scope.gm):
-        firsts = kept.setdefault((again.region, again.chain), [])
-        matches = _found(scope, firsts, again)
-        if matches is None:
-            firsts.append(again)
+        groups = kept.setdefault((again.region, again.chain), [])
+        found = _found(scope, groups, again)
+        if found is None:
+            groups.append([again])
             continue
+        group, matches = found
         for table in scope.tables:
             table.forget(again.nodes)
         _replace(scope.gm, again, matches)
+        group.append(again)
         merged.update(again.nodes)
     return merged
 
 
-def _found(scope: Scope, firsts: list[Marked], again: Marked) -> dict[Node, Node] | None:
-    """The evaluation whose value the eager region would hand out, as what stands for what.
+def _found(
+    scope: Scope, groups: list[list[Marked]], again: Marked
+) -> tuple[list[Marked], dict[Node, Node]] | None:
+    """The evaluation whose value the eager region would hand out, and what stands for what.
 
-    It keeps one value for the same originals and modes, the last one.
+    It keeps one value for the same originals and modes, the last one. With that evaluation come
+    those that have its value already.
     """
-    for first in reversed(firsts):
-        why = {why_not(table, first, again) for table in scope.tables}
+    for group in reversed(groups):
+        first = group[0]
+        why = {why_not(table, group, again) for table in scope.tables}
         if Rule.MODES_DIFFER in why:
             continue
         matches = _matches(scope.gm, first, again)
         if matches is None and not _inputs(first) & _inputs(again):
             continue
         same = why == {None} and first.training == again.training
-        return matches if same else None
+        return (group, matches) if same and matches is not None else None
     return None
 
 
@@ -97,12 +103,17 @@ def _inputs(evaluation: Marked) -> set[Node]:
     return {n for node in evaluation.nodes for n in node.all_input_nodes} - {*evaluation.nodes}
 
 
-def why_not(table: EffectTable, first: Marked, again: Marked) -> Rule | None:
-    """The rule by which the eager ``cached()`` would evaluate again."""
+def why_not(table: EffectTable, group: list[Marked], again: Marked) -> Rule | None:
+    """The rule by which the eager ``cached()`` would evaluate again.
+
+    ``table`` knows each of the evaluations that have one value by the storages it had by itself.
+    """
+    first = group[0]
+    nodes = [node for evaluation in group for node in evaluation.nodes]
     if _modes_before(table, first) != _modes_before(table, again):
         return Rule.MODES_DIFFER
-    reads = frozenset().union(*(table.of[node].reads for node in first.nodes))
-    values = frozenset().union(*(table.of[node].storages for node in first.nodes))
+    reads = frozenset().union(*(table.of[node].reads for node in nodes))
+    values = frozenset().union(*(table.of[node].storages for node in nodes))
     end, start = table.position[first.nodes[-1]], table.position[again.nodes[0]]
     if not table.written(reads | values, end, start):
         return None
@@ -180,20 +191,29 @@ def check_regions(scopes: list[Scope]) -> None:
             raise RuntimeError(
                 "fxparam.cached() around a loop or branch that is compiled shares an evaluation "
                 "with effects only where they can be moved in front of it.\n"
-                f"required: {site[1] if site else 'the tensor'} is read before the loop or branch, "
-                "or its parametrizations write nothing\n"
-                "found: it is read inside alone, and its parametrizations write, draw random "
-                "numbers or have a backward that is not additive"
+                f"required: {site[1] if site else 'the tensor'} is read before the loop or branch "
+                "and that value used in it, or its parametrizations write nothing\n"
+                "found: it is read inside, and its parametrizations write, draw random numbers or "
+                "have a backward that is not additive"
             )
 
 
 def _tells_runs_apart(evaluation: Marked, table: EffectTable) -> bool:
     """Whether one run of an evaluation is another program than several."""
     calls = _calls(evaluation)
-    if any(has_effects(table, node) is not None for node in calls):
+    given = frozenset().union(*(table.of[node].storages for node in _inputs(evaluation)))
+    if any(_leaves_a_trace(table, node, given) for node in calls):
         return True
     used = any(user not in evaluation.nodes for node in calls for user in node.users)
     return used and not all(has_one_backward_for_all(table, node) for node in calls)
+
+
+def _leaves_a_trace(table: EffectTable, node: Node, given: frozenset[int]) -> bool:
+    """Whether a node of an evaluation draws, or writes to more than what the evaluation made."""
+    rule = has_effects(table, node)
+    if rule is not Rule.WRITES:
+        return rule is not None
+    return table.of[node].writes_all or bool(table.of[node].writes & given)
 
 
 def _calls(evaluation: Marked) -> list[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from tests.fuzz.grammar import Writer
@@ -56,6 +57,8 @@ def _holders(rng: Random, barred: set[str], *, singular: float) -> tuple[Holder,
         elif draw < 0.52 and len(other.originals) == len(new.originals) == 1 and not other.same_as:
             whose = f"{other.name}.{other.originals[0]}"
             new = Holder(name, other.stored, new.api, new.chain, new.seed, tied_to=whose)
+        if not new.same_as and rng.random() < 0.2:
+            new = replace(new, chain=(*new.chain, Link("Reads", 0, of=other.name)))
         holders.append(new)
     if rng.random() < singular and "Exponential" not in barred:
         # Singular: evaluating it raises, so nobody but a body that never runs reads it.

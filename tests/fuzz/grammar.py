@@ -17,6 +17,10 @@ from tests.fuzz.program import Block, Holder, Line, Statement
 _IMPURE = {"DropoutMask", "Counter", "spectral_norm", "Normalized", "WorksInPlace"}
 
 
+# The second changes nothing where autocast is off.
+_AUTOCAST = ("torch.bfloat16", "torch.bfloat16", "enabled=False")
+
+
 class Writer:
     """Writes one program's statements."""
 
@@ -26,13 +30,20 @@ class Writer:
         self.rng, self.dtype, self.grad, self.inner = rng, dtype, grad, inner
         self.holders = tuple(h for h in holders if h.name != "singular")
         self.singular = len(self.holders) < len(holders)
-        self.pure = [h for h in self.holders if not _IMPURE & {link.kind for link in h.chain}]
+        self.pure = [h for h in self.holders if not self._is_impure(h)]
         self.solves = any(link.kind == "cayley" for h in holders for link in h.chain)
         self.names: list[str] = []  # variables that hold a value, in scope
         self.in_body = False
         self.in_checkpoint = False
         self.depth = 0
         self.fresh = 0
+
+    def _is_impure(self, holder: Holder) -> bool:
+        if holder.same_as:
+            return any(self._is_impure(h) for h in self.holders if h.name == holder.same_as)
+        read = [h for link in holder.chain for h in self.holders if h.name == link.of]
+        own = {link.kind for link in holder.chain}
+        return bool(_IMPURE & own) or any(map(self._is_impure, read))
 
     def program(self) -> tuple[Statement, ...]:
         return self._statements(self.rng.randint(3, 7))
@@ -271,7 +282,7 @@ def _mode(w: Writer, kind: str) -> Statement:
     heading = {
         "no_grad": "with torch.no_grad():",
         "enable_grad": "with torch.enable_grad():",
-        "autocast": 'with torch.autocast("cpu", torch.bfloat16):',
+        "autocast": f'with torch.autocast("cpu", {w.rng.choice(_AUTOCAST)}):',
     }[kind]
     before = w.name("h")
     block = Block("mode", heading, w.nested(body=False), closing=f"h = {before} + h")
@@ -279,7 +290,7 @@ def _mode(w: Writer, kind: str) -> Statement:
     return Block(kind, "", (Line("mode", f"{before} = h"), block))
 
 
-@_kind("cached", weight=4, block=True)
+@_kind("cached", weight=7, block=True)
 def _cached(w: Writer, kind: str) -> Statement:
     return Block(kind, "with fxparam.cached():", w.nested(body=False))
 

@@ -124,6 +124,17 @@ class Scaled(nn.Module):
         return self.scale * x
 
 
+class Reads(nn.Module):
+    """Reads another parametrized tensor, twice."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * self.other.weight - 0.1 * self.other.weight.mT
+
+
 class WorksInPlace(nn.Module):
     """Writes, but to nothing that anyone else sees."""
 

@@ -43,10 +43,16 @@ Statement = Line | Block
 
 @dataclass(frozen=True)
 class Link:
-    """One parametrization of a chain; ``seed`` makes the values of its own tensors."""
+    """One parametrization of a chain.
+
+    Attributes:
+        seed: makes the values of its own tensors.
+        of: the holder whose tensor it reads.
+    """
 
     kind: str
     seed: int
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -237,5 +243,7 @@ def _registration(holder: Holder, link: Link) -> str:
 
 
 def _link(link: Link) -> str:
+    if link.of:
+        return f"{link.kind}(self.{link.of})"
     takes_values = "__init__" in vars(getattr(pieces, link.kind)) and link.kind != "Counter"
     return f"{link.kind}({f'values({link.seed})' if takes_values else ''})"
