@@ -112,7 +112,9 @@ def _outputs(gm: GraphModule, signature: ExportGraphSignature) -> list[OutputSpe
     """The outputs under the names they have now: a value that is returned became an input."""
     returned = next(reversed(gm.graph.nodes)).args[0]
     return [
-        replace(spec, arg=TensorArgument(value.name)) if isinstance(value, Node) else spec
+        replace(spec, arg=TensorArgument(value.name))
+        if isinstance(spec.arg, TensorArgument)
+        else spec
         for value, spec in zip(returned, signature.output_specs, strict=True)
     ]
 
