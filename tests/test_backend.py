@@ -122,6 +122,26 @@ def test_batch_norm_as_a_parametrization_updates_its_statistics_at_each_access()
     assert fx.last_report.entries[0].evaluations == 6
 
 
+def test_a_read_for_the_shape_alone_is_no_evaluation_of_its_own() -> None:
+    class Frame(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.matrix_exp(x)[..., :4]
+
+    cell = nn.Linear(4, 4, bias=False)
+    nn.utils.parametrize.register_parametrization(cell, "weight", Frame())
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        x = x[:, : cell.weight.shape[0]]  # what is computed for it is dead, but for what is shared
+        for _ in range(3):
+            x = torch.tanh(cell(x))
+        return x
+
+    fx = fxparam.backend("eager")
+    torch.compile(run, backend=fx)(torch.randn(2, 4))
+    (entry,) = fx.reports[0].entries
+    assert (entry.accesses, entry.evaluations) == (4, 1)
+
+
 def test_a_statistic_that_batch_norm_writes_between_two_accesses() -> None:
     class Between(Loop):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,8 @@ def make_report(
         if not kind and [e.runs for e in mine] == [1]:
             continue  # a computed value without a name, evaluated once to begin with
         left = [e for e in after if e.name == name and not all(map(is_view, e.nodes))]
+        nodes = {node for site in left for node in site.nodes}
+        left = [site for site in left if not _is_for_others(site, nodes)]
         left = _whole(left, Counter(e.access for e in mine))
         kept: dict[Rule, list[Evaluation]] = {}
         # One evaluation is what sharing leaves; it is not one that was kept.
@@ -136,6 +138,12 @@ def make_report(
             )
         )
     return Report(tuple(entries), merged)
+
+
+def _is_for_others(site: Evaluation, nodes: set[Node]) -> bool:
+    """Whether a site is the beginning of others, and its own value was never used."""
+    users = {user for node in site.nodes for user in node.users} - {*site.nodes}
+    return bool(users) and users <= nodes
 
 
 def _whole(left: list[Evaluation], before: Counter[str]) -> list[Evaluation]:
