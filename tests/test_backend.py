@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,6 +141,17 @@ def test_a_read_for_the_shape_alone_is_no_evaluation_of_its_own() -> None:
     torch.compile(run, backend=fx)(torch.randn(2, 4))
     (entry,) = fx.reports[0].entries
     assert (entry.accesses, entry.evaluations) == (4, 1)
+
+
+def test_the_name_of_a_tensor_that_a_function_closes_over() -> None:
+    def solve(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return function(function(x))
+
+    layers = nn.ModuleDict({"cell": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    fx = fxparam.backend("eager")
+    torch.compile(solve, backend=fx)(lambda x: layers["cell"](x), torch.randn(2, 4))
+    assert [e.name for report in fx.reports for e in report.entries] == ["cell.weight"]
 
 
 def test_a_statistic_that_batch_norm_writes_between_two_accesses() -> None:

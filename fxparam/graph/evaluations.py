@@ -62,5 +62,7 @@ def _readable(path: str) -> str:
     """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
     # Strict export wraps the model, and unwraps the names but for those in bodies.
     path = path.replace("parametrizations.", "").removeprefix("_export_root.")
+    # A function that closes over a module is read through the function.
+    path = path.rpartition(".cell_contents.")[2]
     _, bracket, rest = path.partition("'].")
     return rest if bracket else path
