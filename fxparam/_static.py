@@ -19,7 +19,8 @@ from typing import TypeVar, cast
 import torch
 
 from fxparam import _private
-from fxparam.graph.marks import REGION
+from fxparam._ambient import ambient
+from fxparam.graph.marks import EVALUATION, REGION, within
 
 __all__ = ["UNTRACEABLE", "evaluation_of", "is_innermost", "is_open", "region"]
 
@@ -64,7 +65,10 @@ def is_innermost(mark: str) -> bool:
 
 @_constant
 def evaluation_of(chain: int, training: str) -> str:
-    """The mark of one evaluation of a chain; empty outside a region.
+    """The mark of one evaluation of a chain, with those it is a part of; empty outside a region.
+
+    Modes are those of the code that reads: Dynamo has entered them here. In the graph they can not
+    be told from those that an evaluation begins with, since it drops pairs of switches.
 
     Args:
         chain: the identity of a ``ParametrizationList``; torch 2.11 takes no module here.
@@ -76,9 +80,11 @@ def evaluation_of(chain: int, training: str) -> str:
     """
     if not _present(REGION):
         return ""
+    around = _present(EVALUATION)
     if _private.inside_functorch():
-        return UNTRACEABLE
-    return f"{_private.trace_number()}.{chain} {training} {next(_numbers)}"
+        return "" if around else UNTRACEABLE
+    modes = ",".join(map(str, ambient()))
+    return within(around, f"{_private.trace_number()}.{chain} {training} {modes} {next(_numbers)}")
 
 
 def _present(key: str) -> str:

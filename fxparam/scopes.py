@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fxparam import _context, _private, _static
+from fxparam._ambient import ambient
 from fxparam._stamp import Entry, Snapshot
 from fxparam.graph.marks import EVALUATION, REGION
 
@@ -121,27 +121,7 @@ def cached() -> Iterator[None]:
 
 def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
     """Under what a value is kept: originals and modes by identity, which its entry keeps alive."""
-    return (_ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
-
-
-@cache
-def _devices() -> tuple[str, ...]:
-    """The kinds of device that may have autocast on."""
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-
-
-def _ambient() -> tuple[object, ...]:
-    """The modes that change what an evaluation gives, apart from mode objects."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-        *(
-            torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None
-            for d in _devices()
-        ),
-    )
+    return (ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
 
 
 @_untraced

@@ -47,11 +47,25 @@ class InPlace(nn.Module):
         return x.clone().mul_(2)
 
 
+class Iterating(nn.Module):
+    """Begins with a step of an iteration under ``no_grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("v", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.v.mul_(0.9).add_(0.2)
+        return x + self.v.clone()
+
+
 WRAPS: dict[str, Callable[[nn.Module], Any]] = {
     "spectral norm": lambda m: ours.adopt(spectral_norm(m)),
     "random mask": lambda m: ours.register_parametrization(m, "weight", helpers.RandomMask()),
     "assigning": lambda m: ours.register_parametrization(m, "weight", Assigning()),
     "pure": lambda m: ours.register_parametrization(m, "weight", helpers.MatrixExponential()),
+    "iterating": lambda m: ours.register_parametrization(m, "weight", Iterating()),
     "in place": lambda m: ours.register_parametrization(m, "weight", InPlace()),
 }
 
@@ -148,6 +162,30 @@ def _in_the_same_autocast_twice(m: Model, x: Tensor) -> Tensor:
             return x * y * m.cell.weight.sum()
 
 
+def _after_a_switch_of_modes(m: Model, x: Tensor) -> Tensor:
+    # Dynamo drops the switch back and the one that an evaluation may begin with.
+    with fxparam.cached():
+        with torch.no_grad():
+            y = x * 2
+        x = m.cell(x)
+        with torch.no_grad():
+            y = y * 2
+        x = m.cell(x)
+        with torch.no_grad():
+            y = y * m.cell.bias
+        return m.cell(x) + y
+
+
+def _around_a_call_with_other_originals(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        w = m.cell.weight
+        if w.requires_grad and w.is_leaf is False:
+            w.register_hook(lambda grad: 2 * grad)
+        name = "parametrizations.weight.original"
+        swapped = {name: 1.5 * m.cell.parametrizations.weight.original}
+        return m.cell(torch.func.functional_call(m.cell, swapped, (x,))) + x @ w
+
+
 def _decorated(m: Model, x: Tensor) -> Tensor:
     @fxparam.cached()
     def run(x: Tensor) -> Tensor:
@@ -192,6 +230,7 @@ BODIES: dict[Callable[..., Any], int] = {
     _original_written: 2,
     _value_of_a_later_read_written: 2,
     _in_autocast_that_changes_nothing: 1,
+    _after_a_switch_of_modes: 1,
     _in_the_same_autocast_twice: 1,
     _decorated: 1,
 }
@@ -221,13 +260,19 @@ def _check(compiled: Any, twin: nn.Module, model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     "body",
-    [*BODIES, _value_written, _evaluated_again_after_eval, _with_a_hook],
+    [
+        *BODIES,
+        _value_written,
+        _evaluated_again_after_eval,
+        _with_a_hook,
+        _around_a_call_with_other_originals,
+    ],
     ids=lambda body: body.__name__,
 )
 def test_equals_eager_in_one_graph(body: Callable[..., Any], wrap: str) -> None:
     if body is _value_written and wrap == "random mask":
         pytest.skip("AOTAutograd drops the numbers drawn for a value that is only written")
-    if body is _with_a_hook and torch.__version__ < "2.13":
+    if body in (_with_a_hook, _around_a_call_with_other_originals) and torch.__version__ < "2.13":
         pytest.skip("Dynamo hangs the hook on a copy of the value")
     model = Model(wrap, body)
     twin = copy.deepcopy(model)
@@ -253,15 +298,40 @@ class _Reading(nn.Module):
         return x + self.other.weight + 2 * self.other.weight
 
 
-@pytest.mark.parametrize("inside_first", [False, True])
+def _inside_first(m: Model, other: nn.Module, x: Tensor) -> Tensor:
+    return m.cell(m.cell(x)) @ other.weight
+
+
+def _outside_first(m: Model, other: nn.Module, x: Tensor) -> Tensor:
+    return m.cell(x @ other.weight) + m.cell(x)
+
+
+def _value_inside_written(m: Model, other: nn.Module, x: Tensor) -> Tensor:
+    x = m.cell(x)
+    w = other.weight
+    w.add_(0.1)
+    return m.cell(x @ w) @ other.weight
+
+
+def _other_originals_outside(m: Model, other: nn.Module, x: Tensor) -> Tensor:
+    x = m.cell(x)
+    name = "parametrizations.weight.original"
+    swapped = {name: 1.5 * m.cell.parametrizations.weight.original}
+    return m.cell(torch.func.functional_call(m.cell, swapped, (x,))) @ other.weight
+
+
+@pytest.mark.parametrize(
+    "read",
+    [_inside_first, _outside_first, _value_inside_written, _other_originals_outside],
+    ids=lambda read: read.__name__,
+)
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_a_parametrization_that_reads_a_parametrized_tensor(wrap: str, inside_first: bool) -> None:
+def test_a_parametrization_that_reads_a_parametrized_tensor(
+    wrap: str, read: Callable[..., Tensor]
+) -> None:
     def body(m: Model, x: Tensor) -> Tensor:
-        other = m.cell.parametrizations.weight[1].other
         with fxparam.cached():
-            if inside_first:
-                return m.cell(m.cell(x)) @ other.weight
-            return m.cell(x @ other.weight) + m.cell(x)
+            return read(m, m.cell.parametrizations.weight[1].other, x)
 
     model = Model("pure", body)
     ours.register_parametrization(model.cell, "weight", _Reading(wrap))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.fx import GraphModule, Node
 
 __all__ = [
     "EVALUATION",
     "REGION",
+    "EvaluationMark",
     "distinguish",
     "drop_marks_of_other_traces",
-    "evaluation_mark",
+    "evaluation_marks",
     "region_mark",
+    "within",
 ]
 
 REGION = "fxparam.region"
 EVALUATION = "fxparam.evaluation"
+_WITHIN = "|"
 
 
 def region_mark(node: Node) -> str | None:
@@ -22,20 +27,45 @@ def region_mark(node: Node) -> str | None:
     return (node.meta.get("custom") or {}).get(REGION)
 
 
-def evaluation_mark(node: Node) -> tuple[str, str, str, str] | None:
-    """The region, the parametrization list, its training modes and the number of an evaluation."""
+@dataclass(frozen=True)
+class EvaluationMark:
+    """One evaluation.
+
+    Attributes:
+        region: the outermost region it is in.
+        chain: the parametrization list.
+        training: the training modes of its modules.
+        modes: the modes it is read under.
+        number: its own.
+    """
+
+    region: str
+    chain: str
+    training: str
+    modes: str
+    number: str
+
+
+def evaluation_marks(node: Node) -> tuple[EvaluationMark, ...]:
+    """The evaluations in regions that a node is a part of, each in the one before it."""
     marks = node.meta.get("custom") or {}
     if EVALUATION not in marks or REGION not in marks:
-        return None
-    chain, training, number = marks[EVALUATION].split(" ", 2)
-    return marks[REGION], chain, training, number
+        return ()
+    parts = (part.split(" ", 3) for part in marks[EVALUATION].split(_WITHIN))
+    return tuple(EvaluationMark(marks[REGION], *part) for part in parts)
+
+
+def within(outer: str, mark: str) -> str:
+    """What marks the nodes of an evaluation that is a part of another."""
+    return f"{outer}{_WITHIN}{mark}" if outer else mark
 
 
 def distinguish(node: Node, call: str) -> None:
-    """Make the evaluation of a node copied out of a body another one for each call of the body."""
+    """Make the evaluations of a node copied out of a body others for each call of the body."""
     marks = node.meta.get("custom") or {}
     if EVALUATION in marks:
-        node.meta["custom"] = {**marks, EVALUATION: f"{marks[EVALUATION]} {call}"}
+        parts = (f"{part} {call}" for part in marks[EVALUATION].split(_WITHIN))
+        node.meta["custom"] = {**marks, EVALUATION: _WITHIN.join(parts)}
 
 
 def drop_marks_of_other_traces(gm: GraphModule, trace: int) -> None:

@@ -26,14 +26,29 @@ _PAIRS = {
     "_grad_increment_nesting": "_grad_decrement_nesting",
     "_jvp_increment_nesting": "_jvp_decrement_nesting",
 }
-# Names the whole mode in its arguments; a functorch level is a new one each time.
-_BY_VALUE = {"_enter_inference_mode"}
+# These name the whole mode in their arguments; a functorch level is a new one each time.
+_BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
 _NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
 
 
 def grad_may_be_enabled(key: Hashable) -> bool:
     """Whether autograd may record what runs under the modes of a ``ModeStack``'s key."""
     return not isinstance(key, tuple) or key[1] is not False
+
+
+def switches_a_mode(node: Node) -> bool:
+    """Whether a node switches grad, autocast or inference mode.
+
+    Such nodes stay where they are, whoever is taken out around them: Dynamo drops pairs that undo
+    each other, so that what one piece of code has switched the next may switch back.
+    """
+    name = getattr(node.target, "__name__", "")
+    return name in {"_set_grad_enabled", *_BY_VALUE, *(_PAIRS[n] for n in _BY_VALUE)}
+
+
+def grad_and_autocast(key: Hashable) -> Hashable:
+    """Of the modes under a ``ModeStack``'s key, those that have no level of their own."""
+    return key[1:3] if isinstance(key, tuple) else key
 
 
 class ModeStack:

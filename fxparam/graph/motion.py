@@ -31,7 +31,7 @@ from fxparam.graph.legality import (
     obstacle,
     runs_whenever_the_call_does,
 )
-from fxparam.graph.marks import distinguish, evaluation_mark, region_mark
+from fxparam.graph.marks import distinguish, evaluation_marks, region_mark
 from fxparam.graph.nodes import ancestors, attribute_of, value_of
 from fxparam.graph.operands import (
     drop_operands,
@@ -70,7 +70,7 @@ def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float)
     for group in groups:
         moved.operands += merge_operands(_calls(group))
     sites = {scope: Sites(shared[scope]) for scope in scopes}
-    marked = Counter((e.region, e.chain) for s in scopes for e in marked_evaluations(s.gm))
+    marked = Counter(e.shared_by for s in scopes for e in marked_evaluations(s.gm))
     movable = [[_movable(scope, moved) for scope in group] for group in groups]
     for bodies in movable:
         for body in bodies:
@@ -146,8 +146,8 @@ def _is_asked_for(context: Context, node: Node) -> bool:
     Not so in a branch: one that is not taken evaluates nothing, and a backward that is not additive
     may make a gradient out of none.
     """
-    mark = evaluation_mark(node)
-    if mark is None or mark[0] != region_mark(context.call.node):
+    marks = evaluation_marks(node)
+    if not marks or marks[0].region != region_mark(context.call.node):
         return False
     return context.call.bodies[context.index].always
 
@@ -158,12 +158,12 @@ def _is_drawn_once(context: Context, node: Node) -> bool:
     Then they are drawn once; in front of the call, if no others are drawn in its bodies, among
     which they would have their turn.
     """
-    mark = evaluation_mark(node)
-    if mark is None or not _is_asked_for(context, node):
+    if not _is_asked_for(context, node):
         return False
     drawing = [n for table in context.inner for n, e in table.of.items() if e.random]
-    marks = [evaluation_mark(n) for n in drawing]
-    return all(m is not None and m[:2] == mark[:2] for m in marks)
+    marks = [evaluation_marks(n) for n in drawing]
+    own = evaluation_marks(node)[0]
+    return all(m and (m[0].region, m[0].chain) == (own.region, own.chain) for m in marks)
 
 
 def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
@@ -249,9 +249,8 @@ def _stays_inside(
         return True  # goes where what is computed from it goes
     if _is_view(scope.tables[0], node):
         return True
-    mark = evaluation_mark(node)
     # Random numbers have no number: another evaluation in the region shares them in front.
-    repeated = mark is not None and marked[mark[:2]] > 1
+    repeated = any(marked[m.region, m.chain] > 1 for m in evaluation_marks(node))
     for context, numbers in zip(scope.live, body.numbers, strict=True):
         number, around = numbers[node], sites[context.parent]
         if not runs_whenever_the_call_does(

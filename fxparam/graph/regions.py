@@ -13,7 +13,7 @@ drawn in front of the loop (``motion``).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, has_effects, has_one_backward_for_all
-from fxparam.graph.marks import evaluation_mark, region_mark
+from fxparam.graph.marks import EvaluationMark, evaluation_marks, region_mark
+from fxparam.graph.modes import grad_and_autocast, switches_a_mode
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
 from fxparam.graph.scopes import Scope, is_run_again
@@ -37,66 +38,142 @@ class Marked:
     """One evaluation in a region.
 
     Attributes:
-        region: where it may be shared.
-        chain: what it evaluates.
-        training: the training modes of its modules.
-        nodes: in order, mode switches included.
+        mark: what it evaluates, and under which modes.
+        nodes: in order, those of evaluations that are a part of it included; no mode switches.
+        own: those that are in no such part.
     """
 
-    region: str
-    chain: str
-    training: str
+    mark: EvaluationMark
     nodes: tuple[Node, ...]
+    own: tuple[Node, ...]
+
+    @property
+    def shared_by(self) -> tuple[str, str]:
+        """Evaluations that may have one value."""
+        return self.mark.region, self.mark.chain
 
 
 def marked_evaluations(gm: GraphModule) -> list[Marked]:
-    """The evaluations in regions, in order."""
-    found: dict[tuple[str, str, str, str], list[Node]] = {}
+    """The evaluations in regions, in order, each in front of its parts."""
+    found: dict[EvaluationMark, list[Node]] = {}
+    own: dict[EvaluationMark, list[Node]] = {}
     for node in gm.graph.nodes:
-        mark = evaluation_mark(node) if node.op in ("call_function", "call_method") else None
-        if mark is not None:
+        if node.op not in ("call_function", "call_method") or switches_a_mode(node):
+            continue
+        marks = evaluation_marks(node)
+        for mark in marks:
             found.setdefault(mark, []).append(node)
-    return [Marked(*mark[:3], tuple(nodes)) for mark, nodes in found.items()]
+        if marks:
+            own.setdefault(marks[-1], []).append(node)
+    return [Marked(mark, tuple(nodes), tuple(own.get(mark, ()))) for mark, nodes in found.items()]
 
 
 def share_regions(scope: Scope) -> set[Node]:
     """Take repeated evaluations of a graph's regions out; the nodes that were."""
-    merged: set[Node] = set()
-    kept: dict[tuple[str, str], list[list[Marked]]] = {}
-    for again in marked_evaluations(scope.gm):
-        groups = kept.setdefault((again.region, again.chain), [])
-        found = _found(scope, groups, again)
-        if found is None:
-            groups.append([again])
-            continue
-        group, matches = found
-        for table in scope.tables:
-            table.forget(again.nodes)
-        _replace(scope.gm, again, matches)
-        group.append(again)
-        merged.update(again.nodes)
-    return merged
+    run = _Run(scope)
+    evaluations = marked_evaluations(scope.gm)
+    run.share(evaluations)
+    # Of those whose parts were shared differently, the rest.
+    left = [e for e in evaluations if e.own and len(e.own) < len(e.nodes)]
+    run.share([Marked(e.mark, e.own, e.own) for e in left])
+    return set(run.replaced)
 
 
-def _found(
-    scope: Scope, groups: list[list[Marked]], again: Marked
-) -> tuple[list[Marked], dict[Node, Node]] | None:
-    """The evaluation whose value the eager region would hand out, and what stands for what.
+class _Run:
+    """The eager region's course through one graph, evaluation after evaluation."""
 
-    It keeps one value for the same originals and modes, the last one. With that evaluation come
-    those that have its value already.
-    """
-    for group in reversed(groups):
-        first = group[0]
-        why = {why_not(table, group, again) for table in scope.tables}
-        if Rule.MODES_DIFFER in why:
-            continue
-        matches = _matches(scope.gm, first, again)
-        if matches is None and not _inputs(first) & _inputs(again):
-            continue
-        same = why == {None} and first.training == again.training
-        return (group, matches) if same and matches is not None else None
-    return None
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.replaced: dict[Node, Node] = {}
+        # As traced: what follows replaces parts of evaluations that later ones are compared with.
+        self.traced = {
+            node: (_key(scope.gm, node), tuple(node.all_input_nodes))
+            for evaluation in marked_evaluations(scope.gm)
+            for node in evaluation.nodes
+        }
+
+    def share(self, evaluations: list[Marked]) -> None:
+        kept: dict[tuple[str, str], list[list[Marked]]] = {}
+        for again in evaluations:
+            if again.nodes[0]._erased:
+                continue  # a part of one that was taken out
+            groups = kept.setdefault(again.shared_by, [])
+            found = self._found(groups, again)
+            if found is None:
+                groups.append([again])
+                continue
+            group, matches = found
+            group.append(again)
+            for table in self.scope.tables:
+                table.forget(again.nodes)
+            for node in reversed(again.nodes):
+                self.replaced[node] = matches[node]
+                node.replace_all_uses_with(self._now(node))
+                self.scope.gm.graph.erase_node(node)
+
+    def _now(self, node: Node) -> Node:
+        """What a node's value is taken from now."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _found(
+        self, groups: list[list[Marked]], again: Marked
+    ) -> tuple[list[Marked], dict[Node, Node]] | None:
+        """The evaluation whose value the eager region would hand out, and what stands for what.
+
+        It keeps one value for the same originals and modes, the last one. With that evaluation
+        come those that have its value already.
+        """
+        for group in reversed(groups):
+            first = group[0]
+            if first.mark.modes != again.mark.modes:
+                continue
+            if first.mark.training != again.mark.training:
+                if _inputs(first) & _inputs(again):
+                    return None
+                continue
+            matches, of_others = self._matches(first, again)
+            if of_others:
+                continue
+            whole = len(matches) == len(first.nodes) == len(again.nodes)
+            if whole and all(why_not(t, group, again) is None for t in self.scope.tables):
+                return group, matches
+            return None
+        return None
+
+    def _matches(self, first: Marked, again: Marked) -> tuple[dict[Node, Node], bool]:
+        """For each node of the later evaluation the one of the first that did the same.
+
+        Returns:
+            Those up to where the two part, and whether they part over a tensor from outside: then
+            they are evaluations of other originals.
+        """
+        inside = set(first.nodes)
+        matches: dict[Node, Node] = {}
+        for one, other in zip(first.nodes, again.nodes, strict=False):
+            (key, ones), (other_key, others) = self.traced[one], self.traced[other]
+            if len(ones) != len(others):
+                return matches, False
+            for a, b in zip(ones, others, strict=True):
+                # An input from outside is the same, or what the first one put in its place.
+                left_behind = a not in inside and self._now(b) in inside
+                same = self._now(b) is self._now(a) or matches.get(b) is a
+                if same or left_behind or _is_same_attribute(self.scope.gm, a, b):
+                    continue
+                return matches, a not in inside and b not in again.nodes
+            if key != other_key or self._modes(one) != self._modes(other):
+                return matches, False
+            matches[other] = one
+        return matches, False
+
+    def _modes(self, node: Node) -> list[Hashable]:
+        return [grad_and_autocast(table.of[node].modes) for table in self.scope.tables]
+
+
+def _key(gm: GraphModule, node: Node) -> Hashable:
+    """What a node computes of its inputs, whatever those are."""
+    return key_of(gm, node, {n: seat for seat, n in enumerate(node.all_input_nodes)})
 
 
 def _inputs(evaluation: Marked) -> set[Node]:
@@ -108,13 +185,10 @@ def why_not(table: EffectTable, group: list[Marked], again: Marked) -> Rule | No
 
     ``table`` knows each of the evaluations that have one value by the storages it had by itself.
     """
-    first = group[0]
     nodes = [node for evaluation in group for node in evaluation.nodes]
-    if _modes_before(table, first) != _modes_before(table, again):
-        return Rule.MODES_DIFFER
     reads = frozenset().union(*(table.of[node].reads for node in nodes))
     values = frozenset().union(*(table.of[node].storages for node in nodes))
-    end, start = table.position[first.nodes[-1]], table.position[again.nodes[0]]
+    end, start = table.position[group[0].nodes[-1]], table.position[again.nodes[0]]
     if not table.written(reads | values, end, start):
         return None
     between = list(table.of)[end + 1 : start]
@@ -129,44 +203,10 @@ def _hangs_a_hook(node: Node) -> bool:
     return str(getattr(node.target, "__name__", node.target)) in _HOOKS
 
 
-def _modes_before(table: EffectTable, evaluation: Marked) -> Hashable:
-    return table.of[evaluation.nodes[0].prev].modes
-
-
-def _matches(gm: GraphModule, first: Marked, again: Marked) -> dict[Node, Node] | None:
-    """For each node of the later evaluation the one of the first that did the same."""
-    if len(first.nodes) != len(again.nodes):
-        return None
-    inside = set(first.nodes)
-    matches: dict[Node, Node] = {}
-    for one, other in zip(first.nodes, again.nodes, strict=True):
-        ones, others = one.all_input_nodes, other.all_input_nodes
-        if len(ones) != len(others):
-            return None
-        for a, b in zip(ones, others, strict=True):
-            # An input from outside is the same, or what the first evaluation put in its place.
-            left_behind = a not in inside and b in inside
-            if not (b is a or matches.get(b) is a or left_behind or _is_same_attribute(gm, a, b)):
-                return None
-        seats = range(len(ones))
-        if key_of(gm, one, dict(zip(ones, seats, strict=True))) != key_of(
-            gm, other, dict(zip(others, seats, strict=True))
-        ):
-            return None
-        matches[other] = one
-    return matches
-
-
 def _is_same_attribute(gm: GraphModule, a: Node, b: Node) -> bool:
     if a.op != "get_attr" or b.op != "get_attr":
         return False
     return key_of(gm, a, {}) == key_of(gm, b, {})
-
-
-def _replace(gm: GraphModule, again: Marked, matches: Mapping[Node, Node]) -> None:
-    for node in reversed(again.nodes):
-        node.replace_all_uses_with(matches[node])
-        gm.graph.erase_node(node)
 
 
 def check_regions(scopes: list[Scope]) -> None:
@@ -181,12 +221,14 @@ def check_regions(scopes: list[Scope]) -> None:
     inside: list[tuple[Marked, bool]] = []
     for scope in scopes:
         for evaluation in marked_evaluations(scope.gm):
-            sites[evaluation.region, evaluation.chain] += 1
-            enclosing = [c for c in scope.contexts if region_mark(c.call.node) == evaluation.region]
+            sites[evaluation.shared_by] += 1
+            enclosing = [
+                c for c in scope.contexts if region_mark(c.call.node) == evaluation.mark.region
+            ]
             if enclosing and any(_tells_runs_apart(evaluation, t) for t in scope.tables):
                 inside.append((evaluation, is_run_again(scope, ())))
     for evaluation, repeated in inside:
-        if repeated or sites[evaluation.region, evaluation.chain] > 1:
+        if repeated or sites[evaluation.shared_by] > 1:
             site = owner(evaluation.nodes[0])
             raise RuntimeError(
                 "fxparam.cached() around a loop or branch that is compiled shares an evaluation "
@@ -217,5 +259,5 @@ def _leaves_a_trace(table: EffectTable, node: Node, given: frozenset[int]) -> bo
 
 
 def _calls(evaluation: Marked) -> list[Node]:
-    """The nodes of an evaluation, mode switches left out."""
+    """The nodes of an evaluation that have a value."""
     return [node for node in evaluation.nodes if value_of(node) is not None]

@@ -12,7 +12,7 @@ _PURE = (
     *("Symmetric", "Skew", "Exponential", "Mask", "LowRank", "Scaled", "Softplus"),
     *("Identity", "Transposed", "WorksInPlace", "Quantised", "Bounded"),
 )
-_IMPURE = ("DropoutMask", "Counter", "spectral_norm", "Normalized")
+_IMPURE = ("DropoutMask", "Counter", "Iterated", "spectral_norm", "Normalized")
 _FIRST = ("orthogonal", "cayley", "weight_norm", "Product")
 # What a dtype has no kernels for.
 _REAL = {"Softplus", "Normalized", "DropoutMask", *_FIRST, "spectral_norm"} - {"Product"}

@@ -14,7 +14,7 @@ from random import Random
 
 from tests.fuzz.program import Block, Holder, Line, Statement
 
-_IMPURE = {"DropoutMask", "Counter", "spectral_norm", "Normalized", "WorksInPlace"}
+_IMPURE = {"DropoutMask", "Counter", "Iterated", "spectral_norm", "Normalized", "WorksInPlace"}
 
 
 # The second changes nothing where autocast is off.

@@ -206,6 +206,19 @@ class Counter(nn.Module):
         return x * (1 + 0.1 * self.count.clone()).to(x.dtype)
 
 
+class Iterated(nn.Module):
+    """Begins with a step of an iteration under ``no_grad``, as a power iteration may."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("v", like[0].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.v.mul_(0.9).add_(0.1)
+        return x + 0.1 * self.v.clone()
+
+
 class Normalized(nn.Module):
     """Batch norm: writes its running statistics without saying so."""
 

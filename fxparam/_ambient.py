@@ -1,0 +1,29 @@
+"""The modes in force that change what an evaluation gives."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+__all__ = ["ambient"]
+
+
+@cache
+def _devices() -> tuple[str, ...]:
+    """The kinds of device that may have autocast on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def ambient() -> tuple[object, ...]:
+    """The modes that change what an evaluation gives, apart from mode objects."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        *(
+            torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None
+            for d in _devices()
+        ),
+    )
