@@ -467,6 +467,24 @@ class _Clipped(nn.Module):
         return _Clipping.apply(x)
 
 
+def test_a_read_in_a_body_of_which_nothing_is_made_is_not_refused() -> None:
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        with fxparam.cached():
+            y = layer(x)
+            return checkpoint(lambda h: (layer.weight.mT, h * 2)[1], y, use_reentrant=False)
+
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", _Clipped())
+    twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
+    actual = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)(twin, x)
+    expected = run(layer, x)
+    assert_close(actual, expected)
+    actual.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(twin.parameters(), layer.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+
+
 def test_one_backward_for_a_region_around_a_loop() -> None:
     """Several are another gradient where the backward is not additive: asked for, it is one."""
     layer = nn.Linear(3, 3, dtype=torch.float64)

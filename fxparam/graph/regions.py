@@ -13,7 +13,7 @@ drawn in front of the loop (``motion``).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -246,8 +246,21 @@ def _tells_runs_apart(evaluation: Marked, table: EffectTable) -> bool:
     given = frozenset().union(*(table.of[node].storages for node in _inputs(evaluation)))
     if any(_leaves_a_trace(table, node, given) for node in calls):
         return True
-    used = any(user not in evaluation.nodes for node in calls for user in node.users)
-    return used and not all(has_one_backward_for_all(table, node) for node in calls)
+    additive = all(has_one_backward_for_all(table, node) for node in calls)
+    return not additive and _is_used(table, calls)
+
+
+def _is_used(table: EffectTable, nodes: Iterable[Node]) -> bool:
+    """Whether anything that leaves a graph, or has effects, is computed from some nodes."""
+    work, seen = list(nodes), set(nodes)
+    while work:
+        for user in work.pop().users:
+            if user.op == "output" or not table.of[user].pure:
+                return True
+            if user not in seen:
+                seen.add(user)
+                work.append(user)
+    return False
 
 
 def _leaves_a_trace(table: EffectTable, node: Node, given: frozenset[int]) -> bool:
