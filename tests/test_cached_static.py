@@ -176,6 +176,18 @@ def _after_a_switch_of_modes(m: Model, x: Tensor) -> Tensor:
         return m.cell(x) + y
 
 
+def _read_for_the_shape(m: Model, x: Tensor) -> Tensor:
+    # Dynamo drops what is computed for the shape alone, where it has no effects.
+    with fxparam.cached():
+        x = m.cell(x)[:, : m.cell.weight.shape[0]]
+        return m.cell(m.cell(x))
+
+
+def _first_read_for_the_shape(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        return m.cell(m.cell(x[:, : m.cell.weight.shape[0]]))
+
+
 def _around_a_call_with_other_originals(m: Model, x: Tensor) -> Tensor:
     with fxparam.cached():
         w = m.cell.weight
@@ -231,6 +243,8 @@ BODIES: dict[Callable[..., Any], int] = {
     _value_of_a_later_read_written: 2,
     _in_autocast_that_changes_nothing: 1,
     _after_a_switch_of_modes: 1,
+    _read_for_the_shape: 1,
+    _first_read_for_the_shape: 1,
     _in_the_same_autocast_twice: 1,
     _decorated: 1,
 }

@@ -91,12 +91,13 @@ class _Run:
             for evaluation in marked_evaluations(scope.gm)
             for node in evaluation.nodes
         }
+        self.once = {node for node in self.traced if _happens_once(scope, node)}
 
     def share(self, evaluations: list[Marked]) -> None:
         kept: dict[tuple[str, str], list[list[Marked]]] = {}
         for again in evaluations:
-            if again.nodes[0]._erased:
-                continue  # a part of one that was taken out
+            if any(node._erased for node in again.nodes):
+                continue  # taken out, or a part of it, with one that it is a part of
             groups = kept.setdefault(again.shared_by, [])
             found = self._found(groups, again)
             if found is None:
@@ -105,8 +106,8 @@ class _Run:
             group, matches = found
             group.append(again)
             for table in self.scope.tables:
-                table.forget(again.nodes)
-            for node in reversed(again.nodes):
+                table.forget(matches)
+            for node in reversed(matches):
                 self.replaced[node] = matches[node]
                 node.replace_all_uses_with(self._now(node))
                 self.scope.gm.graph.erase_node(node)
@@ -126,7 +127,7 @@ class _Run:
         come those that have its value already.
         """
         for group in reversed(groups):
-            first = group[0]
+            first = max(group, key=lambda evaluation: len(evaluation.nodes))
             if first.mark.modes != again.mark.modes:
                 continue
             if first.mark.training != again.mark.training:
@@ -136,8 +137,7 @@ class _Run:
             matches, of_others = self._matches(first, again)
             if of_others:
                 continue
-            whole = len(matches) == len(first.nodes) == len(again.nodes)
-            if whole and all(why_not(t, group, again) is None for t in self.scope.tables):
+            if matches and all(why_not(t, group, again) is None for t in self.scope.tables):
                 return group, matches
             return None
         return None
@@ -145,30 +145,65 @@ class _Run:
     def _matches(self, first: Marked, again: Marked) -> tuple[dict[Node, Node], bool]:
         """For each node of the later evaluation the one of the first that did the same.
 
+        Dynamo has dropped nodes of either that nobody used: those of the later one that are not
+        among the first's stay as they are.
+
         Returns:
-            Those up to where the two part, and whether they part over a tensor from outside: then
-            they are evaluations of other originals.
+            Nothing if the two did not do the same; and whether they are evaluations of other
+            originals.
         """
-        inside = set(first.nodes)
         matches: dict[Node, Node] = {}
-        for one, other in zip(first.nodes, again.nodes, strict=False):
-            (key, ones), (other_key, others) = self.traced[one], self.traced[other]
-            if len(ones) != len(others):
-                return matches, False
-            for a, b in zip(ones, others, strict=True):
-                # An input from outside is the same, or what the first one put in its place.
-                left_behind = a not in inside and self._now(b) in inside
-                same = self._now(b) is self._now(a) or matches.get(b) is a
-                if same or left_behind or _is_same_attribute(self.scope.gm, a, b):
-                    continue
-                return matches, a not in inside and b not in again.nodes
-            if key != other_key or self._modes(one) != self._modes(other):
-                return matches, False
-            matches[other] = one
-        return matches, False
+        rest = list(first.nodes)
+        for other in again.nodes:
+            alike = [n for n in rest if self._is_alike(n, other)]
+            one = next((n for n in alike if self._has_the_inputs(n, other, first, matches)), None)
+            if one is not None:
+                matches[other] = one
+                rest = rest[rest.index(one) + 1 :]
+            elif any(self._has_other_originals(n, other, first, again, matches) for n in alike):
+                return {}, True
+            elif other in self.once:
+                return {}, False
+        missed = self.once.intersection(first.nodes) - {*matches.values()}
+        return ({} if missed else matches), False
+
+    def _is_alike(self, one: Node, other: Node) -> bool:
+        return self.traced[one][0] == self.traced[other][0] and (
+            self._modes(one) == self._modes(other)
+        )
+
+    def _same(self, a: Node, b: Node, first: Marked, matches: dict[Node, Node]) -> bool:
+        """Whether an input of the later evaluation is that of the first, or what the first put in
+        its place."""
+        if self._now(b) is self._now(a) or matches.get(b) is a:
+            return True
+        left_behind = a not in first.nodes and self._now(b) in first.nodes
+        return left_behind or _is_same_attribute(self.scope.gm, a, b)
+
+    def _has_the_inputs(
+        self, one: Node, other: Node, first: Marked, matches: dict[Node, Node]
+    ) -> bool:
+        pairs = zip(self.traced[one][1], self.traced[other][1], strict=True)
+        return all(self._same(a, b, first, matches) for a, b in pairs)
+
+    def _has_other_originals(
+        self, one: Node, other: Node, first: Marked, again: Marked, matches: dict[Node, Node]
+    ) -> bool:
+        """Whether the first inputs that are not the same come from outside."""
+        pairs = zip(self.traced[one][1], self.traced[other][1], strict=True)
+        a, b = next((a, b) for a, b in pairs if not self._same(a, b, first, matches))
+        return a not in first.nodes and b not in again.nodes
 
     def _modes(self, node: Node) -> list[Hashable]:
         return [grad_and_autocast(table.of[node].modes) for table in self.scope.tables]
+
+
+def _happens_once(scope: Scope, node: Node) -> bool:
+    """Whether a node that runs twice is another program."""
+    return any(
+        has_effects(table, node) is not None or not has_one_backward_for_all(table, node)
+        for table in scope.tables
+    )
 
 
 def _key(gm: GraphModule, node: Node) -> Hashable:
@@ -185,7 +220,7 @@ def why_not(table: EffectTable, group: list[Marked], again: Marked) -> Rule | No
 
     ``table`` knows each of the evaluations that have one value by the storages it had by itself.
     """
-    nodes = [node for evaluation in group for node in evaluation.nodes]
+    nodes = [node for evaluation in (*group, again) for node in evaluation.nodes]
     reads = frozenset().union(*(table.of[node].reads for node in nodes))
     values = frozenset().union(*(table.of[node].storages for node in nodes))
     end, start = table.position[group[0].nodes[-1]], table.position[again.nodes[0]]
