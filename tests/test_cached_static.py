@@ -60,12 +60,28 @@ class Iterating(nn.Module):
         return x + self.v.clone()
 
 
+class _Clipping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-0.1, 0.1)
+
+
+class _Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Clipping.apply(x)
+
+
 WRAPS: dict[str, Callable[[nn.Module], Any]] = {
     "spectral norm": lambda m: ours.adopt(spectral_norm(m)),
     "random mask": lambda m: ours.register_parametrization(m, "weight", helpers.RandomMask()),
     "assigning": lambda m: ours.register_parametrization(m, "weight", Assigning()),
     "pure": lambda m: ours.register_parametrization(m, "weight", helpers.MatrixExponential()),
     "iterating": lambda m: ours.register_parametrization(m, "weight", Iterating()),
+    "clipped": lambda m: ours.register_parametrization(m, "weight", _Clipped()),
     "in place": lambda m: ours.register_parametrization(m, "weight", InPlace()),
 }
 
@@ -433,14 +449,16 @@ def test_a_region_around_a_loop_holds_for_its_body(wrap: str) -> None:
 
 def _around_a_checkpoint(m: Model, x: Tensor, run: Callable[..., Any], order: str) -> Tensor:
     with fxparam.cached():
-        if order == "before":
+        if order == "shape, before":
+            x = x[:, : m.cell.weight.shape[0]]
+        if order != "after":
             x = m.cell(x)
         x, weight = run(lambda h: (torch.tanh(m.cell(h)), m.cell.weight.exp()), x)
         return m.cell(x) @ weight
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("wrap", ["random mask", "in place", "pure"])
+@pytest.mark.parametrize("order", ["before", "shape, before", "after"])
+@pytest.mark.parametrize("wrap", ["random mask", "clipped", "in place", "pure"])
 def test_a_region_around_a_checkpoint_holds_in_it_and_around_it(wrap: str, order: str) -> None:
     def checkpointed(m: Model, x: Tensor) -> Tensor:
         return _around_a_checkpoint(m, x, partial(checkpoint, use_reentrant=False), order)
@@ -464,21 +482,6 @@ def test_what_cannot_be_moved_is_refused() -> None:
     compiled = torch.compile(Model("random mask", body), backend=fxparam.backend("aot_eager"))
     with pytest.raises(Exception, match=r"cell\.weight is read before the loop"):
         compiled(torch.randn(4, 3, dtype=torch.float64))
-
-
-class _Clipping(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clamp(-0.1, 0.1)
-
-
-class _Clipped(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Clipping.apply(x)
 
 
 def test_a_read_in_a_body_of_which_nothing_is_made_is_not_refused() -> None:

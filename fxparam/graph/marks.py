@@ -13,6 +13,7 @@ __all__ = [
     "distinguish",
     "drop_marks_of_other_traces",
     "evaluation_marks",
+    "join",
     "region_mark",
     "within",
 ]
@@ -66,6 +67,11 @@ def distinguish(node: Node, call: str) -> None:
     if EVALUATION in marks:
         parts = (f"{part} {call}" for part in marks[EVALUATION].split(_WITHIN))
         node.meta["custom"] = {**marks, EVALUATION: _WITHIN.join(parts)}
+
+
+def join(node: Node, other: Node) -> None:
+    """Make a node a part of the evaluations that another is a part of."""
+    node.meta["custom"] = {**node.meta["custom"], EVALUATION: other.meta["custom"][EVALUATION]}
 
 
 def drop_marks_of_other_traces(gm: GraphModule, trace: int) -> None:

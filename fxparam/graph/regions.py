@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, has_effects, has_one_backward_for_all
-from fxparam.graph.marks import EvaluationMark, evaluation_marks, region_mark
+from fxparam.graph.marks import EvaluationMark, evaluation_marks, join, region_mark
 from fxparam.graph.modes import grad_and_autocast, switches_a_mode
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
@@ -107,6 +107,9 @@ class _Run:
             group.append(again)
             for table in self.scope.tables:
                 table.forget(matches)
+            for node in again.nodes:
+                if node not in matches:
+                    join(node, (group[0].own or group[0].nodes)[0])
             for node in reversed(matches):
                 self.replaced[node] = matches[node]
                 node.replace_all_uses_with(self._now(node))
