@@ -4,7 +4,8 @@ Outside a region an evaluation that writes or draws random numbers is kept (rule
 shared as the eager ``cached()`` shares it: the second evaluation of a chain is taken out whole,
 with what it writes and draws, if nothing but the first wrote what it reads since, nobody wrote to
 the value, and the modes are the same. It is compared with the first node by node; that it reads
-what the first left behind (a buffer assigned in forward) is no difference.
+what the first left behind (a buffer assigned in forward) is no difference, nor that Dynamo dropped
+what nobody used of either. An evaluation that is a part of another is one by itself as well.
 
 A region around a loop holds for the loop's body: random numbers that an evaluation draws there are
 drawn in front of the loop (``motion``).
