@@ -23,7 +23,7 @@ from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, has_effects, has_one_backward_for_all
 from fxparam.graph.marks import EvaluationMark, evaluation_marks, join, region_mark
-from fxparam.graph.modes import grad_and_autocast, switches_a_mode
+from fxparam.graph.modes import switches_a_mode, without_levels
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
 from fxparam.graph.scopes import Scope, is_run_again
@@ -199,7 +199,7 @@ class _Run:
         return a not in first.nodes and b not in again.nodes
 
     def _modes(self, node: Node) -> list[Hashable]:
-        return [grad_and_autocast(table.of[node].modes) for table in self.scope.tables]
+        return [without_levels(table.of[node].modes) for table in self.scope.tables]
 
 
 def _happens_once(scope: Scope, node: Node) -> bool:
