@@ -70,9 +70,22 @@ class _Clipping(torch.autograd.Function):
         return grad.clamp(-0.1, 0.1)
 
 
-class _Clipped(nn.Module):
+class _Adding(_Clipping):
+    """Its gradient is not 0 where nothing came back."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + 1
+
+
+class Clipped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _Clipping.apply(x)
+
+
+class PlusOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Adding.apply(x)
 
 
 WRAPS: dict[str, Callable[[nn.Module], Any]] = {
@@ -81,7 +94,7 @@ WRAPS: dict[str, Callable[[nn.Module], Any]] = {
     "assigning": lambda m: ours.register_parametrization(m, "weight", Assigning()),
     "pure": lambda m: ours.register_parametrization(m, "weight", helpers.MatrixExponential()),
     "iterating": lambda m: ours.register_parametrization(m, "weight", Iterating()),
-    "clipped": lambda m: ours.register_parametrization(m, "weight", _Clipped()),
+    "clipped": lambda m: ours.register_parametrization(m, "weight", Clipped()),
     "in place": lambda m: ours.register_parametrization(m, "weight", InPlace()),
 }
 
@@ -192,6 +205,13 @@ def _after_a_switch_of_modes(m: Model, x: Tensor) -> Tensor:
         return m.cell(x) + y
 
 
+def _in_a_switch_of_another_kind(m: Model, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        x = m.cell(x)
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+            return m.cell(x)
+
+
 def _read_for_the_shape(m: Model, x: Tensor) -> Tensor:
     # Dynamo drops what is computed for the shape alone, where it has no effects.
     with fxparam.cached():
@@ -259,6 +279,7 @@ BODIES: dict[Callable[..., Any], int] = {
     _value_of_a_later_read_written: 2,
     _in_autocast_that_changes_nothing: 1,
     _after_a_switch_of_modes: 1,
+    _in_a_switch_of_another_kind: 1,
     _read_for_the_shape: 1,
     _first_read_for_the_shape: 1,
     _in_the_same_autocast_twice: 1,
@@ -491,7 +512,7 @@ def test_a_read_in_a_body_of_which_nothing_is_made_is_not_refused() -> None:
             return checkpoint(lambda h: (layer.weight.mT, h * 2)[1], y, use_reentrant=False)
 
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", _Clipped())
+    ours.register_parametrization(layer, "weight", Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
     actual = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)(twin, x)
     expected = run(layer, x)
@@ -505,7 +526,7 @@ def test_a_read_in_a_body_of_which_nothing_is_made_is_not_refused() -> None:
 def test_one_backward_for_a_region_around_a_loop() -> None:
     """Several are another gradient where the backward is not additive: asked for, it is one."""
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", _Clipped())
+    ours.register_parametrization(layer, "weight", Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
 
     def by_map(layer: nn.Module, x: Tensor) -> Tensor:
@@ -529,7 +550,7 @@ def test_one_backward_for_a_region_around_a_loop() -> None:
 
 def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", _Clipped())
+    ours.register_parametrization(layer, "weight", Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
 
     def unused(h: Tensor) -> Tensor:
@@ -550,23 +571,9 @@ def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
         )
 
 
-class _PlusOne(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + 1
-
-
 def test_a_branch_that_is_not_taken_has_no_backward() -> None:
-    class Plus(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return _PlusOne.apply(x)
-
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", Plus())
+    ours.register_parametrization(layer, "weight", PlusOne())
     twin, x = copy.deepcopy(layer), torch.rand(3, 3, dtype=torch.float64)
 
     def forward(x: Tensor) -> Tensor:

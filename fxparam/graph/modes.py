@@ -46,10 +46,9 @@ def switches_a_mode(node: Node) -> bool:
     return name in {"_set_grad_enabled", *_BY_VALUE, *(_PAIRS[n] for n in _BY_VALUE)}
 
 
-def without_levels(key: Hashable) -> Hashable:
-    """Of the modes under a ``ModeStack``'s key, those that have no level of their own: grad,
-    autocast, and switches that are not understood."""
-    return key[:3] if isinstance(key, tuple) else key
+def grad_and_autocast(key: Hashable) -> Hashable:
+    """Of the modes under a ``ModeStack``'s key, those that an eager ``cached()`` tells apart."""
+    return key[1:3] if isinstance(key, tuple) else key
 
 
 class ModeStack:

@@ -71,13 +71,13 @@ def move_out(scopes: list[Scope], shared: dict[Scope, Shared], max_bytes: float)
         moved.operands += merge_operands(_calls(group))
     sites = {scope: Sites(shared[scope]) for scope in scopes}
     marked = Counter(e.shared_by for s in scopes for e in marked_evaluations(s.gm))
-    movable = [[_movable(scope, moved) for scope in group] for group in groups]
+    movable = [[_movable(scope, marked, moved) for scope in group] for group in groups]
     for bodies in movable:
         for body in bodies:
             for context in body.scope.live:
                 sites[context.parent].add(body, context)
     for bodies in movable:
-        _move_group(bodies, sites, marked, moved, max_bytes)
+        _move_group(bodies, sites, moved, max_bytes)
     return moved
 
 
@@ -106,7 +106,7 @@ def _calls(group: list[Scope]) -> list[Context]:
     return list({context.call.node: context for context in group[0].live}.values())
 
 
-def _movable(scope: Scope, moved: Moved) -> Movable:
+def _movable(scope: Scope, marked: Mapping[tuple[str, str], int], moved: Moved) -> Movable:
     found = Movable(scope)
     varying = len(scope.live[0].call.varying)
     placeholders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
@@ -135,6 +135,8 @@ def _movable(scope: Scope, moved: Moved) -> Movable:
         refused = next((rule for rule in why if rule is not None), None)
         if refused is None:
             found.nodes[node] = None
+            if any(marked[m.region, m.chain] > 1 for m in evaluation_marks(node)):
+                found.evaluated_again.add(node)
         elif node in derived.candidates:
             moved.refusals[node] = refused
     return found
@@ -173,14 +175,13 @@ def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
 def _move_group(
     group: list[Movable],
     sites: Mapping[Scope, Sites],
-    marked: Mapping[tuple[str, str], int],
     moved: Moved,
     max_bytes: float,
 ) -> None:
     """Move values out of the bodies of one call, or of several calls of the same bodies."""
     crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
     for index, body in enumerate(group):
-        for node in _crossing(body, sites, marked, moved, max_bytes):
+        for node in _crossing(body, sites, moved, max_bytes):
             # One operand for one value, in whichever body it is read.
             number = tuple(numbers[node] for numbers in body.numbers)
             crossing[number].append((index, node))
@@ -206,7 +207,6 @@ def _move_group(
 def _crossing(
     body: Movable,
     sites: Mapping[Scope, Sites],
-    marked: Mapping[tuple[str, str], int],
     moved: Moved,
     max_bytes: float,
 ) -> list[Node]:
@@ -218,7 +218,7 @@ def _crossing(
         if node in seen or node not in body.nodes:
             return
         seen.add(node)
-        refused = _stays_inside(body, node, sites, marked, max_bytes)
+        refused = _stays_inside(body, node, sites, max_bytes)
         if refused is None:
             found[node] = None
             return
@@ -238,7 +238,6 @@ def _stays_inside(
     body: Movable,
     node: Node,
     sites: Mapping[Scope, Sites],
-    marked: Mapping[tuple[str, str], int],
     max_bytes: float,
 ) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
@@ -249,8 +248,7 @@ def _stays_inside(
         return True  # goes where what is computed from it goes
     if _is_view(scope.tables[0], node):
         return True
-    # Random numbers have no number: another evaluation in the region shares them in front.
-    repeated = any(marked[m.region, m.chain] > 1 for m in evaluation_marks(node))
+    repeated = node in body.evaluated_again
     for context, numbers in zip(scope.live, body.numbers, strict=True):
         number, around = numbers[node], sites[context.parent]
         if not runs_whenever_the_call_does(

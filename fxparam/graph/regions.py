@@ -23,7 +23,7 @@ from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
 from fxparam.graph.legality import Rule, has_effects, has_one_backward_for_all
 from fxparam.graph.marks import EvaluationMark, evaluation_marks, join, region_mark
-from fxparam.graph.modes import switches_a_mode, without_levels
+from fxparam.graph.modes import grad_and_autocast, switches_a_mode
 from fxparam.graph.nodes import value_of
 from fxparam.graph.numbering import key_of
 from fxparam.graph.scopes import Scope, is_run_again
@@ -141,7 +141,7 @@ class _Run:
             matches, of_others = self._matches(first, again)
             if of_others:
                 continue
-            if matches and all(why_not(t, group, again) is None for t in self.scope.tables):
+            if matches and not any(is_written(t, group, again) for t in self.scope.tables):
                 return group, matches
             return None
         return None
@@ -199,7 +199,7 @@ class _Run:
         return a not in first.nodes and b not in again.nodes
 
     def _modes(self, node: Node) -> list[Hashable]:
-        return [without_levels(table.of[node].modes) for table in self.scope.tables]
+        return [grad_and_autocast(table.of[node].modes) for table in self.scope.tables]
 
 
 def _happens_once(scope: Scope, node: Node) -> bool:
@@ -219,22 +219,18 @@ def _inputs(evaluation: Marked) -> set[Node]:
     return {n for node in evaluation.nodes for n in node.all_input_nodes} - {*evaluation.nodes}
 
 
-def why_not(table: EffectTable, group: list[Marked], again: Marked) -> Rule | None:
-    """The rule by which the eager ``cached()`` would evaluate again.
+def is_written(table: EffectTable, group: list[Marked], again: Marked) -> bool:
+    """Whether what an evaluation read, or its value, is written before a later one.
 
     ``table`` knows each of the evaluations that have one value by the storages it had by itself.
     """
     nodes = [node for evaluation in (*group, again) for node in evaluation.nodes]
-    reads = frozenset().union(*(table.of[node].reads for node in nodes))
-    values = frozenset().union(*(table.of[node].storages for node in nodes))
+    touched = frozenset().union(*(table.of[n].reads | table.of[n].storages for n in nodes))
     end, start = table.position[group[0].nodes[-1]], table.position[again.nodes[0]]
-    if not table.written(reads | values, end, start):
-        return None
-    between = list(table.of)[end + 1 : start]
-    writing = [table.of[n] for n in between if not (n._erased or _hangs_a_hook(n))]
-    if any(e.writes_all or e.writes & reads for e in writing):
-        return Rule.ORIGINAL_WRITTEN  # or the value, which the last nodes read
-    return Rule.VALUE_WRITTEN if any(e.writes & values for e in writing) else None
+    if not table.written(touched, end, start):
+        return False
+    between = [n for n in list(table.of)[end + 1 : start] if not (n._erased or _hangs_a_hook(n))]
+    return any(table.of[n].writes_all or table.of[n].writes & touched for n in between)
 
 
 def _hangs_a_hook(node: Node) -> bool:

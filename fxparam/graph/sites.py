@@ -26,12 +26,14 @@ class Movable:
 
     Attributes:
         nodes: in order.
+        evaluated_again: those of an evaluation that a ``cached()`` region holds another one of.
         stays: placeholders and attributes that are the same in each run.
         numbers: for each context, what the nodes compute in terms of the graph around.
     """
 
     scope: Scope
     nodes: dict[Node, None] = field(default_factory=dict)
+    evaluated_again: set[Node] = field(default_factory=set)
     stays: set[Node] = field(default_factory=set)
     numbers: list[dict[Node, Hashable]] = field(default_factory=list)
 
