@@ -49,6 +49,7 @@ __all__ = [
     "trace_artifact",
     "trace_marks",
     "trace_number",
+    "traced_assignments",
     "traced_for",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -238,6 +239,29 @@ def is_in_traced_generator(own: types.CodeType) -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def traced_assignments(module: int) -> list[str]:
+    """What traced code has changed of the attributes of a module and those in it, but tensors.
+
+    Dynamo keeps assignments to itself until the graph has run, and only it knows them.
+
+    Args:
+        module: its identity.
+    """
+    tensor = _lookup("torch._dynamo.variables", "TensorVariable")
+    effects = _tracer_output().side_effects
+    root = effects.id_to_variable.get(module)
+    found: list[str] = []
+    for owner in root.value.modules() if root is not None else ():
+        variable = effects.id_to_variable.get(id(owner))
+        for name, value in effects.store_attr_mutations.get(variable, {}).items():
+            was, now = vars(owner).get(name, found), value
+            if value.is_python_constant():
+                now = value.as_python_constant()
+            if not isinstance(value, tensor) and (type(was) is not type(now) or was != now):
+                found.append(f"{id(owner)}.{name}={value!r}")
+    return found
 
 
 def traced_for() -> object:

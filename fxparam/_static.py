@@ -22,7 +22,7 @@ from fxparam import _private
 from fxparam._ambient import ambient
 from fxparam.graph.marks import EVALUATION, REGION, within
 
-__all__ = ["UNTRACEABLE", "evaluation_of", "is_innermost", "is_open", "region"]
+__all__ = ["UNTRACEABLE", "assignments", "evaluation_of", "is_innermost", "is_open", "region"]
 
 F = TypeVar("F", bound=Callable[..., object])
 _numbers = itertools.count()
@@ -85,6 +85,16 @@ def evaluation_of(chain: int, training: str) -> str:
         return "" if around else UNTRACEABLE
     modes = ",".join(map(str, ambient()))
     return within(around, f"{_private.trace_number()}.{chain} {training} {modes} {next(_numbers)}")
+
+
+@_constant
+def assignments(chain: int) -> str:
+    """What has been assigned so far to attributes of a chain's modules, other than tensors.
+
+    Args:
+        chain: the identity of a ``ParametrizationList``.
+    """
+    return " ".join(_private.traced_assignments(chain))
 
 
 def _present(key: str) -> str:

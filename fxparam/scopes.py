@@ -87,7 +87,10 @@ def cached() -> Iterator[None]:
         What torch keeps no count of is not noticed: writes through ``tensor.data``, NumPy or
         DLPack, by fused optimizers (``fused=True``), and by batch norm to its running statistics;
         and changes of a parametrization's Python attributes, hooks and ``forward``. (Code compiled
-        by fxparam's backend does notice writes through ``tensor.data`` in its graph.)
+        by fxparam's backend does notice, in its graph, writes through ``tensor.data`` and whatever
+        makes an evaluation another computation. There a parametrization that changes numbers or
+        flags among its own attributes leaves the graph; what it appends to a list it appends at
+        each access.)
         Inference tensors have no version counter: originals that are inference tensors are
         evaluated at each access, and a value read in inference mode must not be written in place.
 
@@ -164,6 +167,11 @@ def read(chain: Module) -> Tensor:
     return value
 
 
+@_untraced
+def _has_effects_that_no_node_has() -> None:
+    """An evaluation that changes Python attributes leaves the graph: each read does it there."""
+
+
 def _training_modes(module: Module) -> str:
     """The training modes of a module and its submodules.
 
@@ -185,8 +193,12 @@ def evaluate(chain: Module) -> Tensor:
         return chain()  # type: ignore[no-any-return]
     if mark == _static.UNTRACEABLE:
         return read(chain)
+    before = _static.assignments(id(chain))
     with _private.annotate({EVALUATION: mark}):
-        return chain()  # type: ignore[no-any-return]
+        value: Tensor = chain()
+    if _static.assignments(id(chain)) != before:
+        _has_effects_that_no_node_has()
+    return value
 
 
 @_untraced

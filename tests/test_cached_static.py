@@ -494,6 +494,100 @@ def test_a_region_around_a_checkpoint_holds_in_it_and_around_it(wrap: str, order
     _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
+class Noise(nn.Module):
+    """Draws twice, of what no tensor tells apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(3, 3) < 0.7) + torch.rand(3, 3)
+
+
+class Two(nn.Module):
+    """Two masked layers, whose originals are one tensor or two."""
+
+    def __init__(self, body: Callable[..., Any], mask: type[nn.Module], tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body
+        self.a, self.b = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+        if tied:
+            self.b.weight = self.a.weight
+        for layer in (self.a, self.b):
+            ours.register_parametrization(layer, "weight", mask())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def _rows(m: Two, h: Tensor) -> Tensor:
+    return nn.functional.dropout(m.b(torch.tanh(m.a(h))) + m.b.weight.sum())
+
+
+def _segments(m: Two, x: Tensor, run: Callable[..., Any]) -> Tensor:
+    with fxparam.cached():
+        return run(partial(_rows, m), run(partial(_rows, m), x))
+
+
+def _a_loop_of_two(m: Two, x: Tensor, loop: Callable[..., Any]) -> Tensor:
+    def step(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(m.b(h + m.a(row)))
+        return h + 0, h * 2
+
+    with fxparam.cached():
+        return loop(step, x[0], x)
+
+
+def _python_loop(step: Callable[..., Any], h: Tensor, xs: Tensor) -> Tensor:
+    rows = []
+    for x in xs:
+        h, row = step(h, x)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mask", [helpers.RandomMask, Noise])
+def test_several_random_evaluations_in_a_checkpoint(mask: type[nn.Module], tied: bool) -> None:
+    """Drawn in front of the first checkpoint that reads them, in the order of the program."""
+    model = Two(partial(_segments, run=lambda function, x: function(x)), mask, tied)
+    twin = copy.deepcopy(model)
+    twin.body = partial(_segments, run=partial(checkpoint, use_reentrant=False))
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mask", [helpers.RandomMask, Noise])
+def test_several_random_evaluations_in_a_scan(mask: type[nn.Module], tied: bool) -> None:
+    model = Two(partial(_a_loop_of_two, loop=_python_loop), mask, tied)
+    twin = copy.deepcopy(model)
+    twin.body = partial(_a_loop_of_two, loop=lambda step, h, xs: scan(step, h, xs, dim=0)[1])
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    _check(compiled, twin, model, torch.randn(4, 3, dtype=torch.float64))
+
+
+def _out_of_turn(m: Two, x: Tensor, run: Callable[..., Any], *, before: bool) -> Tensor:
+    with fxparam.cached():
+        x = m.b(x) if before else x
+        return run(lambda h: m.b(nn.functional.dropout(m.a(h))), x)
+
+
+def test_random_evaluations_in_a_checkpoint_that_need_not_move() -> None:
+    body = partial(_out_of_turn, before=False)
+    model = Two(partial(body, run=lambda function, x: function(x)), helpers.RandomMask, False)
+    twin = copy.deepcopy(model)
+    twin.body = partial(body, run=partial(checkpoint, use_reentrant=False))
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+
+
+def test_random_evaluations_are_not_drawn_out_of_turn() -> None:
+    body = partial(_out_of_turn, before=True, run=partial(checkpoint, use_reentrant=False))
+    model = Two(body, helpers.RandomMask, False)
+    compiled = torch.compile(model, backend=fxparam.backend("aot_eager"))
+    with pytest.raises(Exception, match=r"b\.weight is read before the loop"):
+        compiled(torch.randn(3, 3, dtype=torch.float64))
+
+
 def test_what_cannot_be_moved_is_refused() -> None:
     def body(m: Model, x: Tensor) -> Tensor:
         # The loop draws numbers of its own before the mask is drawn.
@@ -663,6 +757,64 @@ def _in_a_gradient(m: Model, x: Tensor) -> Tensor:
     with fxparam.cached():
         y = m.cell(x)
         return y + torch.func.grad(lambda t: m.cell(t).square().sum())(x)
+
+
+class Scheduled(nn.Module):
+    """Counts its evaluations in a Python attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return x * self.n
+
+
+class Initialized(nn.Module):
+    """Finds its scale when it is evaluated first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.known = False
+        self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inner.known:
+            self.scale.copy_(x.detach().abs().mean(0))
+            self.inner.known = True
+            return x
+        return x * self.scale
+
+
+@pytest.mark.parametrize("kind", [Scheduled, Initialized])
+@pytest.mark.parametrize("body", [_loop, _two_regions, _before_inside_and_after])
+def test_evaluations_that_change_attributes_are_left_to_eager_code(
+    body: Callable[..., Any], kind: type[nn.Module]
+) -> None:
+    model = Model("pure", body)
+    ours.remove_parametrizations(model.cell, "weight")
+    ours.register_parametrization(model.cell, "weight", kind(), unsafe=True)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
+    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    mine, theirs = (vars(m.cell.parametrizations.weight[0]) for m in (twin, model))
+    assert mine.get("n") == theirs.get("n")
+
+
+def test_evaluations_that_assign_what_is_there_stay_in_the_graph() -> None:
+    class Recording(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows, self.last, self.shape = len(x), x.detach() * 2, x.shape
+            return x.sin()
+
+    model = Model("pure", _loop)
+    ours.register_parametrization(model.cell, "weight", Recording())
+    model.cell.weight  # noqa: B018
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

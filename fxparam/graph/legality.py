@@ -70,7 +70,6 @@ def obstacle(
     inner: Sequence[EffectTable],
     node: Node,
     *,
-    drawn_once: bool = False,
     asked_for: bool = False,
 ) -> Rule | None:
     """The rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the call.
@@ -78,12 +77,12 @@ def obstacle(
     Args:
         around: the effects of the graph that has the call, and of those around it, in that order.
         inner: the effects of the bodies, that of ``node`` first.
-        drawn_once: random numbers are drawn once for all runs of the body.
-        asked_for: a ``cached()`` region around the call evaluates once, in eager code as well.
+        asked_for: a ``cached()`` region around the call evaluates once, in eager code as well,
+            and draws random numbers once.
     """
     table = inner[0]
     impure = has_effects(table, node)
-    if impure is not None and not (impure is Rule.RANDOM and drawn_once):
+    if impure is not None and not (impure is Rule.RANDOM and asked_for):
         return impure
     if not (asked_for or has_one_backward_for_all(table, node)):
         return Rule.NOT_ADDITIVE

@@ -127,7 +127,6 @@ def _movable(scope: Scope, marked: Mapping[tuple[str, str], int], moved: Moved) 
                 context.call.node,
                 _from(context.inner, context.index),
                 node,
-                drawn_once=_is_drawn_once(context, node),
                 asked_for=_is_asked_for(context, node),
             )
             for context in scope.live
@@ -152,20 +151,6 @@ def _is_asked_for(context: Context, node: Node) -> bool:
     if not marks or marks[0].region != region_mark(context.call.node):
         return False
     return context.call.bodies[context.index].always
-
-
-def _is_drawn_once(context: Context, node: Node) -> bool:
-    """Whether the random numbers of a node are those of a ``cached()`` region around the call.
-
-    Then they are drawn once; in front of the call, if no others are drawn in its bodies, among
-    which they would have their turn.
-    """
-    if not _is_asked_for(context, node):
-        return False
-    drawing = [n for table in context.inner for n, e in table.of.items() if e.random]
-    marks = [evaluation_marks(n) for n in drawing]
-    own = evaluation_marks(node)[0]
-    return all(m and (m[0].region, m[0].chain) == (own.region, own.chain) for m in marks)
 
 
 def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
@@ -205,6 +190,36 @@ def _move_group(
 
 
 def _crossing(
+    body: Movable,
+    sites: Mapping[Scope, Sites],
+    moved: Moved,
+    max_bytes: float,
+) -> list[Node]:
+    """The values that enter the body as operands."""
+    while True:
+        found = _read_by_the_rest(body, sites, moved, max_bytes)
+        late = _drawn_out_of_turn(body, found)
+        if not late:
+            return found
+        for node in list(body.nodes):
+            if node in late or not late.isdisjoint(node.all_input_nodes):
+                late.add(node)
+                del body.nodes[node]
+
+
+def _drawn_out_of_turn(body: Movable, found: list[Node]) -> set[Node]:
+    """Nodes that would draw random numbers before some that are drawn first, and stay."""
+    moving = ancestors(found, lambda node: node in body.nodes)
+    table, late, in_turn = body.scope.tables[0], set(), True
+    for node in body.scope.gm.graph.nodes:
+        if node in table.of and table.of[node].random:
+            in_turn &= node in moving
+            if node in moving and not in_turn:
+                late.add(node)
+    return late
+
+
+def _read_by_the_rest(
     body: Movable,
     sites: Mapping[Scope, Sites],
     moved: Moved,

@@ -65,6 +65,9 @@ class Sites:
         for node in body.scope.gm.graph.nodes:
             if node not in body.nodes and node not in body.stays or node.op == "placeholder":
                 continue
+            if node in body.nodes and context.inner[context.index].of[node].random:
+                numbers[node] = object()  # as no other value
+                continue
             key = key_of(body.scope.gm, node, numbers)
             first: Hashable = self._outside(key, context)
             if first is None:

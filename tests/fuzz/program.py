@@ -175,7 +175,7 @@ def render(program: Program) -> str:
     used = {link.kind for holder in program.holders for link in holder.chain}
     used |= {"Computed" if h.api == "property" else "Cell" for h in program.holders}
     parts = [_HEAD.format(**vars(program), autocast="autocast" in ingredients(program))]
-    for name, piece in vars(pieces).items():
+    for name, piece in dict(vars(pieces)).items():  # Dynamo takes globals of its own out again
         if name in used:
             parts.append(inspect.getsource(piece))
     init = [line for holder in program.holders for line in _construction(holder)]
