@@ -617,6 +617,24 @@ def test_a_read_in_a_body_of_which_nothing_is_made_is_not_refused() -> None:
         assert_close(a.grad, b.grad)
 
 
+def test_a_read_that_nobody_uses_in_front_of_a_body_is_not_refused() -> None:
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        with fxparam.cached():
+            _ = layer.weight.mT
+            y = checkpoint(lambda h: torch.tanh(layer(h)), x, use_reentrant=False)
+        with torch.no_grad():  # keeps the evaluation in the body
+            layer.parametrizations.weight.original.copy_(y.detach())
+        return y
+
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    ours.register_parametrization(layer, "weight", Clipped())
+    twin, x = copy.deepcopy(layer), torch.randn(3, 3, dtype=torch.float64)
+    actual = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)(twin, x)
+    expected = run(layer, x)
+    assert_close(actual, expected)
+    assert_close([*twin.parameters()], [*layer.parameters()])
+
+
 def test_one_backward_for_a_region_around_a_loop() -> None:
     """Several are another gradient where the backward is not additive: asked for, it is one."""
     layer = nn.Linear(3, 3, dtype=torch.float64)

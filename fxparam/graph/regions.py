@@ -256,11 +256,11 @@ def check_regions(scopes: list[Scope]) -> None:
     inside: list[tuple[Marked, bool]] = []
     for scope in scopes:
         for evaluation in marked_evaluations(scope.gm):
+            if not any(_tells_runs_apart(evaluation, table) for table in scope.tables):
+                continue
             sites[evaluation.shared_by] += 1
-            enclosing = [
-                c for c in scope.contexts if region_mark(c.call.node) == evaluation.mark.region
-            ]
-            if enclosing and any(_tells_runs_apart(evaluation, t) for t in scope.tables):
+            calls = [context.call.node for context in scope.contexts]
+            if any(region_mark(call) == evaluation.mark.region for call in calls):
                 inside.append((evaluation, is_run_again(scope, ())))
     for evaluation, repeated in inside:
         if repeated or sites[evaluation.shared_by] > 1:
