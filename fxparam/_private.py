@@ -42,6 +42,7 @@ __all__ = [
     "is_opaque_reference",
     "is_parameter_or_buffer",
     "is_wrapper_subclass",
+    "keep_saved_tensors",
     "rename",
     "schemas_of",
     "set_grad_enabled",
@@ -294,20 +295,20 @@ def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
 
 
 def inductor_with(
-    mode: str | None, options: dict[str, Any] | None, joint_pass: Callable[[Any], None]
+    mode: str | None, options: dict[str, Any] | None, *joint_passes: Callable[[Any], None]
 ) -> Any:
     """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
 
     ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
     checking and meaning live in this wrapper and nowhere else.
 
-    ``joint_pass`` sees each joint forward and backward graph, after a pass of the user's own.
+    ``joint_passes`` see each joint forward and backward graph, after a pass of the user's own.
     """
     inductor = _inductor_wrapper(mode, options, None)
     users = inductor.config.get("joint_custom_pre_pass", _inductor_config().joint_custom_pre_pass)
     # Inductor takes one pass, a list of them in newer versions.
     before = users if isinstance(users, (list, tuple)) else [users] if users else []
-    inductor.config["joint_custom_pre_pass"] = _joint_pass(tuple(before), joint_pass)
+    inductor.config["joint_custom_pre_pass"] = _joint_pass(tuple(before), joint_passes)
     return inductor
 
 
@@ -316,22 +317,34 @@ def _inductor_config() -> Any:
 
 
 @functools.cache
-def _joint_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
-    """Inductor's joint-graph pass of a function, made lazily: its base is slow to import."""
+def _joint_pass(before: tuple[Any, ...], functions: tuple[Callable[[Any], None], ...]) -> Any:
+    """Inductor's joint-graph pass of some functions, made lazily: its base is slow to import."""
     base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
     hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
-    sources = tuple(map(str, sorted(Path(inspect.getfile(function)).parent.glob("*.py"))))
+    folders = {Path(inspect.getfile(function)).parent for function in functions}
+    sources = tuple(sorted(str(path) for folder in folders for path in folder.glob("*.py")))
 
     def call(self: Any, graph: Any) -> None:
-        for each in (*before, function):
+        for each in (*before, *functions):
             each(graph)
 
     def uuid(self: Any) -> Any:
         """The key under which Inductor caches what was compiled with this pass."""
         ids = [each.uuid() if isinstance(each, base) else None for each in before]
-        return None if None in ids else (hash_files(sources), *ids)
+        names = [function.__qualname__ for function in functions]
+        return None if None in ids else (hash_files(sources), *names, *ids)
 
     return type("JointPass", (base,), {"__call__": call, "uuid": uuid})()
+
+
+def keep_saved_tensors() -> Any:
+    """While this context is open, AOTAutograd lets no backward work in the memory of what is saved.
+
+    It tells Inductor the positions, among a backward graph's inputs, of those that may be
+    overwritten. Inductor (torch 2.13) takes them for positions among the inputs of each body too,
+    and overwrites operands of loops and branches that are read again.
+    """
+    return _lookup("torch._functorch", "config").patch(donated_buffer=False)
 
 
 def allow_scalar_outputs(values: Iterable[object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,10 +15,16 @@ from fxparam._private import (
     allow_scalar_outputs,
     clear_trace_marks,
     inductor_with,
+    keep_saved_tensors,
     trace_artifact,
     trace_number,
 )
-from fxparam.graph import Report, hoist, save_reads_of_overwritten_inputs
+from fxparam.graph import (
+    Report,
+    copy_what_bodies_pass_on,
+    hoist,
+    save_reads_of_overwritten_inputs,
+)
 from fxparam.graph.marks import EVALUATION, REGION, drop_marks_of_other_traces
 from fxparam.graph.nodes import value_of
 
@@ -81,9 +87,12 @@ class Backend:
         if report.entries or result.modified:
             _log.info("%r", report)
             trace_artifact("fxparam_report", lambda: repr(report))
+        own_memory: AbstractContextManager[Any] = nullcontext()
         if result.has_bodies:
             allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
-        compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
+            own_memory = keep_saved_tensors()
+        with own_memory:
+            compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
         with suppress(AttributeError, TypeError):  # an artifact that takes no attributes
             compiled.fxparam_report = report  # type: ignore[attr-defined]
         return compiled
@@ -98,7 +107,7 @@ class Backend:
     def _configured(self, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
         if self._inner == "inductor":
             configured: Callable[..., Any] = inductor_with(
-                mode, options, save_reads_of_overwritten_inputs
+                mode, options, save_reads_of_overwritten_inputs, copy_what_bodies_pass_on
             )
             return configured
         inner = _lookup(self._inner)

@@ -558,6 +558,7 @@ def test_several_random_evaluations_in_a_checkpoint(mask: type[nn.Module], tied:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mask", [helpers.RandomMask, Noise])
 def test_several_random_evaluations_in_a_scan(mask: type[nn.Module], tied: bool) -> None:
+    helpers.skip_unless_scans_train()
     model = Two(partial(_a_loop_of_two, loop=_python_loop), mask, tied)
     twin = copy.deepcopy(model)
     twin.body = partial(_a_loop_of_two, loop=lambda step, h, xs: scan(step, h, xs, dim=0)[1])

@@ -1,5 +1,6 @@
 """The passes: graph in, graph or facts out. Nothing here knows which capture made a graph."""
 
+from fxparam.graph.carries import copy_what_bodies_pass_on
 from fxparam.graph.effects import Effects, EffectTable, analyze
 from fxparam.graph.evaluations import Evaluation, evaluations
 from fxparam.graph.hoist import HoistResult, hoist
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "Rule",
     "analyze",
+    "copy_what_bodies_pass_on",
     "evaluations",
     "hoist",
     "refusal",

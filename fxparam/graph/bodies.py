@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from fxparam._private import HigherOrderOperator, tree_flatten
 from fxparam.graph.nodes import body_of, value_of
 
-__all__ = ["Body", "Call", "call_of"]
+__all__ = ["Body", "Call", "call_of", "is_run_by_itself"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,14 @@ def call_of(gm: GraphModule, node: Node) -> Call | None:
     if any(len(body.placeholders) != len(varying) + len(operands) for body in bodies):
         return None
     return Call(node, name, bodies, varying, operands, iterations)
+
+
+def is_run_by_itself(node: Node) -> bool:
+    """Whether a node runs bodies that stay graphs of their own down to the inner backend."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return False
+    layout = _LAYOUTS.get(node.target.__name__.removesuffix("_stack_output"))
+    return layout is not None and not layout.inlined
 
 
 def _leaves(value: Any) -> Iterator[Any]:

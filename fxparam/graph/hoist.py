@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.aliases import copy_aliases
+from fxparam.graph.bodies import is_run_by_itself
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
 from fxparam.graph.evaluations import Evaluation, evaluations
@@ -39,7 +40,7 @@ class HoistResult:
         graph_module: the same graph module, hoisted.
         report: what was shared and kept.
         modified: whether the graph, or one of its bodies, changed.
-        has_bodies: whether its nodes run other graphs.
+        has_bodies: whether its nodes run graphs that the inner backend compiles by themselves.
     """
 
     graph_module: GraphModule
@@ -105,7 +106,8 @@ def hoist(
     for module in changed:
         module.graph.lint()
         module.recompile()
-    return HoistResult(gm, report, bool(changed), len(scopes) > 1)
+    nodes = [node for scope in scopes for node in scope.gm.graph.nodes]
+    return HoistResult(gm, report, bool(changed), any(map(is_run_by_itself, nodes)))
 
 
 def _may_share(gm: GraphModule) -> bool:
