@@ -295,20 +295,22 @@ def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
 
 
 def inductor_with(
-    mode: str | None, options: dict[str, Any] | None, *joint_passes: Callable[[Any], None]
+    mode: str | None, options: dict[str, Any] | None, **passes: Callable[[Any], None]
 ) -> Any:
     """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
 
     ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
     checking and meaning live in this wrapper and nowhere else.
 
-    ``joint_passes`` see each joint forward and backward graph, after a pass of the user's own.
+    ``passes`` are under the names of Inductor's options for passes of the user's own, and run
+    after those.
     """
     inductor = _inductor_wrapper(mode, options, None)
-    users = inductor.config.get("joint_custom_pre_pass", _inductor_config().joint_custom_pre_pass)
-    # Inductor takes one pass, a list of them in newer versions.
-    before = users if isinstance(users, (list, tuple)) else [users] if users else []
-    inductor.config["joint_custom_pre_pass"] = _joint_pass(tuple(before), joint_passes)
+    for name, function in passes.items():
+        users = inductor.config.get(name, getattr(_inductor_config(), name))
+        # Inductor takes one pass, a list of them in newer versions.
+        before = users if isinstance(users, (list, tuple)) else [users] if users else []
+        inductor.config[name] = _graph_pass(tuple(before), function)
     return inductor
 
 
@@ -317,24 +319,25 @@ def _inductor_config() -> Any:
 
 
 @functools.cache
-def _joint_pass(before: tuple[Any, ...], functions: tuple[Callable[[Any], None], ...]) -> Any:
-    """Inductor's joint-graph pass of some functions, made lazily: its base is slow to import."""
+def _graph_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
+    """Inductor's graph pass of a function, made lazily: its base is slow to import."""
     base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
+    aware = _lookup("torch._inductor.custom_graph_pass", "CustomInferenceAwareGraphPass")
     hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
-    folders = {Path(inspect.getfile(function)).parent for function in functions}
-    sources = tuple(sorted(str(path) for folder in folders for path in folder.glob("*.py")))
+    sources = tuple(map(str, sorted(Path(inspect.getfile(function)).parent.glob("*.py"))))
 
-    def call(self: Any, graph: Any) -> None:
-        for each in (*before, *functions):
-            each(graph)
+    def call(self: Any, graph: Any, **modes: Any) -> None:
+        for each in before:
+            each(graph, **(modes if isinstance(each, aware) else {}))
+        function(graph)
 
     def uuid(self: Any) -> Any:
         """The key under which Inductor caches what was compiled with this pass."""
-        ids = [each.uuid() if isinstance(each, base) else None for each in before]
-        names = [function.__qualname__ for function in functions]
-        return None if None in ids else (hash_files(sources), *names, *ids)
+        ids = [each.uuid() if isinstance(each, (base, aware)) else None for each in before]
+        return None if None in ids else (hash_files(sources), function.__qualname__, *ids)
 
-    return type("JointPass", (base,), {"__call__": call, "uuid": uuid})()
+    kind = aware if any(isinstance(each, aware) for each in before) else base
+    return type("GraphPass", (kind,), {"__call__": call, "uuid": uuid})()
 
 
 def keep_saved_tensors() -> Any:

@@ -21,9 +21,9 @@ from fxparam._private import (
 )
 from fxparam.graph import (
     Report,
-    copy_what_bodies_pass_on,
     hoist,
     save_reads_of_overwritten_inputs,
+    show_what_bodies_pass_on,
 )
 from fxparam.graph.marks import EVALUATION, REGION, drop_marks_of_other_traces
 from fxparam.graph.nodes import value_of
@@ -107,7 +107,10 @@ class Backend:
     def _configured(self, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
         if self._inner == "inductor":
             configured: Callable[..., Any] = inductor_with(
-                mode, options, save_reads_of_overwritten_inputs, copy_what_bodies_pass_on
+                mode,
+                options,
+                joint_custom_pre_pass=save_reads_of_overwritten_inputs,
+                post_grad_custom_pre_pass=show_what_bodies_pass_on,
             )
             return configured
         inner = _lookup(self._inner)

@@ -1,6 +1,6 @@
 """The passes: graph in, graph or facts out. Nothing here knows which capture made a graph."""
 
-from fxparam.graph.carries import copy_what_bodies_pass_on
+from fxparam.graph.carries import show_what_bodies_pass_on
 from fxparam.graph.effects import Effects, EffectTable, analyze
 from fxparam.graph.evaluations import Evaluation, evaluations
 from fxparam.graph.hoist import HoistResult, hoist
@@ -18,9 +18,9 @@ __all__ = [
     "Report",
     "Rule",
     "analyze",
-    "copy_what_bodies_pass_on",
     "evaluations",
     "hoist",
     "refusal",
     "save_reads_of_overwritten_inputs",
+    "show_what_bodies_pass_on",
 ]

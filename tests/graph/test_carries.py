@@ -1,18 +1,20 @@
-"""Loops under Inductor train as in eager code: the memory of operands serves no other value."""
+"""Loops and regions train under Inductor: no memory of an operand serves another value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import fxparam
-from fxparam.graph import copy_what_bodies_pass_on
+from fxparam.graph import show_what_bodies_pass_on
 from tests import helpers
 
 
@@ -49,10 +51,37 @@ def _loop(step: Callable[..., tuple[Tensor, Tensor]], h: Tensor, xs: Tensor) -> 
     return h
 
 
-@pytest.mark.parametrize("function", [_passed_on, _in_place])
-def test_the_gradient_of_what_is_read_before_a_scan(function: Callable[..., Tensor]) -> None:
+@torch.compiler.nested_compile_region
+def _residual(h: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(h @ weight) + h
+
+
+def _saved_views(x: Tensor, weight: Tensor) -> Tensor:
+    """Backward reads operands of the region, transposed."""
+    h = torch.tanh(x @ weight)
+    for _ in range(3):
+        h = _residual(h, weight)
+    return torch.tanh(h @ weight)
+
+
+@torch.compiler.nested_compile_region
+def _sum_and_double(h: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return h + k, h * 2
+
+
+def _passed_on_by_a_region(x: Tensor, weight: Tensor) -> Tensor:
+    h = torch.tanh(x @ weight)
+    k = torch.tanh(h @ weight)
+    for _ in range(3):
+        h, k = _sum_and_double(h, torch.tanh(k @ weight))
+    return h @ k
+
+
+@pytest.mark.parametrize("function", [_passed_on, _in_place, _saved_views, _passed_on_by_a_region])
+def test_gradients(function: Callable[..., Tensor]) -> None:
     """torch 2.13's Inductor by itself gets each of them wrong."""
-    helpers.skip_unless_scans_train()
+    if function in (_passed_on, _in_place):
+        helpers.skip_unless_scans_train()
     compiled = torch.compile(function, backend="fxparam")
     torch.manual_seed(0)
     x, weight = (torch.randn(4, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
@@ -62,27 +91,54 @@ def test_the_gradient_of_what_is_read_before_a_scan(function: Callable[..., Tens
     assert_close(*gradients)
 
 
-def test_a_body_returns_copies_of_its_operands() -> None:
-    def traced(x: Tensor) -> tuple[Tensor, Tensor]:
+def _traced(function: Callable[..., Any], *args: Tensor) -> torch.fx.GraphModule:
+    return make_fx(function)(*args)
+
+
+def _bodies(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
+    return [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule) and m is not gm]
+
+
+def _without_additions(body: torch.fx.GraphModule) -> None:
+    """Let a body pass on what it adds to, as a backward that torch makes would."""
+    for node in body.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+        node.replace_all_uses_with(node.args[0])
+        body.graph.erase_node(node)
+    body.recompile()
+
+
+def test_a_branch_returns_copies_of_its_operands() -> None:
+    def branches(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cond(x.sum() > 0, lambda x: (x.sin(), x + 1), lambda x: (x + 1, x.cos()), (x,))
 
-    gm = torch.fx.experimental.proxy_tensor.make_fx(traced)(torch.ones(3))
-    bodies = [m for name, m in gm.named_children() if isinstance(m, torch.fx.GraphModule)]
-    for body in bodies:  # as torch's own backward of an addition would be
-        (given,) = body.graph.find_nodes(op="placeholder")
-        for node in body.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
-            node.replace_all_uses_with(given)
-            body.graph.erase_node(node)
-        body.recompile()
-    copy_what_bodies_pass_on(gm.graph)
-    for body in bodies:
-        output = body.graph.output_node()
-        assert all(node.op == "call_function" for node in output.all_input_nodes)
-        body.graph.lint()
     x = torch.ones(3)
+    gm = _traced(branches, x)
+    for body in _bodies(gm):
+        _without_additions(body)
+    show_what_bodies_pass_on(gm.graph)
+    for body in _bodies(gm):
+        assert all(n.op == "call_function" for n in body.graph.output_node().all_input_nodes)
+        body.graph.lint()
     out = gm(x)
     assert_close(out, (x.sin(), x))
     assert out[1].data_ptr() != x.data_ptr()
+
+
+def test_a_carry_that_a_loop_passes_on_is_what_it_was_at_first() -> None:
+    def loop(h: Tensor, k: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+        (h, k), _ = scan(lambda c, x: ((c[0] * x, c[1] + 1), c[0] * 1), (h, k), xs, dim=0)
+        return h, k
+
+    inputs = torch.ones(3), torch.full((3,), 2.0), torch.full((4, 3), 3.0)
+    gm = _traced(loop, *inputs)
+    (body,) = _bodies(gm)
+    _without_additions(body)
+    show_what_bodies_pass_on(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    given = gm.graph.find_nodes(op="placeholder")
+    assert gm.graph.output_node().args[0][1] is given[1]
+    assert_close(gm(*inputs), (torch.full((3,), 81.0), inputs[1]))
 
 
 def test_saved_tensors_stay_saved_where_there_are_bodies() -> None:

@@ -64,6 +64,8 @@ def test_a_list_of_passes_of_the_users_own() -> None:
     seen: list[str] = []
     before = [lambda graph: seen.append("one"), lambda graph: seen.append("two")]
     with torch._inductor.config.patch(joint_custom_pre_pass=before):
-        inductor = inductor_with(None, None, lambda graph: seen.append("ours"))
+        inductor = inductor_with(
+            None, None, joint_custom_pre_pass=lambda graph: seen.append("ours")
+        )
     inductor.config["joint_custom_pre_pass"](torch.fx.Graph())
     assert seen == ["one", "two", "ours"]
