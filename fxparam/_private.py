@@ -322,21 +322,22 @@ def _inductor_config() -> Any:
 def _graph_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
     """Inductor's graph pass of a function, made lazily: its base is slow to import."""
     base = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
-    aware = _lookup("torch._inductor.custom_graph_pass", "CustomInferenceAwareGraphPass")
     hash_files = _lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
     sources = tuple(map(str, sorted(Path(inspect.getfile(function)).parent.glob("*.py"))))
+    # Passes that are told whether the graph is one of inference: newer versions have them.
+    told: Any = getattr(sys.modules[base.__module__], "CustomInferenceAwareGraphPass", ())
 
     def call(self: Any, graph: Any, **modes: Any) -> None:
         for each in before:
-            each(graph, **(modes if isinstance(each, aware) else {}))
+            each(graph, **(modes if isinstance(each, told) else {}))
         function(graph)
 
     def uuid(self: Any) -> Any:
         """The key under which Inductor caches what was compiled with this pass."""
-        ids = [each.uuid() if isinstance(each, (base, aware)) else None for each in before]
+        ids = [each.uuid() if isinstance(each, base) else None for each in before]
         return None if None in ids else (hash_files(sources), function.__qualname__, *ids)
 
-    kind = aware if any(isinstance(each, aware) for each in before) else base
+    kind = told if any(isinstance(each, told) for each in before) else base
     return type("GraphPass", (kind,), {"__call__": call, "uuid": uuid})()
 
 

@@ -69,3 +69,22 @@ def test_a_list_of_passes_of_the_users_own() -> None:
         )
     inductor.config["joint_custom_pre_pass"](torch.fx.Graph())
     assert seen == ["one", "two", "ours"]
+
+
+def test_a_pass_that_is_told_whether_it_is_inference() -> None:
+    from torch._inductor import custom_graph_pass
+
+    if not hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass"):
+        pytest.skip("this torch has no such passes")
+    seen = []
+
+    class Told(custom_graph_pass.CustomInferenceAwareGraphPass):
+        def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
+            seen.append(is_inference)
+
+        def uuid(self) -> None:
+            return None
+
+    backend = fxparam.backend(post_grad_custom_pre_pass=Told())
+    torch.compile(torch.sin, backend=backend)(torch.ones(3))
+    assert seen == [True]
