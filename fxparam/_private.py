@@ -257,12 +257,15 @@ def traced_assignments(module: int) -> list[str]:
     for owner in root.value.modules() if root is not None else ():
         variable = effects.id_to_variable.get(id(owner))
         for name, value in effects.store_attr_mutations.get(variable, {}).items():
-            was, now = vars(owner).get(name, found), value
-            if value.is_python_constant():
-                now = value.as_python_constant()
-            if not isinstance(value, tensor) and (type(was) is not type(now) or was != now):
+            if not isinstance(value, tensor) and not _is_constant(value, vars(owner).get(name)):
                 found.append(f"{id(owner)}.{name}={value!r}")
     return found
+
+
+def _is_constant(variable: Any, value: object) -> bool:
+    """Whether one of Dynamo's variables stands for a Python value that is equal to another."""
+    constant = variable.as_python_constant() if variable.is_python_constant() else variable
+    return type(constant) is type(value) and bool(constant == value)
 
 
 def traced_for() -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -87,11 +87,9 @@ class Backend:
         if report.entries or result.modified:
             _log.info("%r", report)
             trace_artifact("fxparam_report", lambda: repr(report))
-        own_memory: AbstractContextManager[Any] = nullcontext()
         if result.has_bodies:
             allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
-            own_memory = keep_saved_tensors()
-        with own_memory:
+        with keep_saved_tensors() if result.has_bodies else nullcontext():
             compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
         with suppress(AttributeError, TypeError):  # an artifact that takes no attributes
             compiled.fxparam_report = report  # type: ignore[attr-defined]

@@ -824,7 +824,7 @@ def test_evaluations_that_assign_what_is_there_stay_in_the_graph() -> None:
 
     model = Model("pure", _loop)
     ours.register_parametrization(model.cell, "weight", Recording())
-    model.cell.weight  # noqa: B018
+    _ = model.cell.weight
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
     _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))

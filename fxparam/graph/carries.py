@@ -62,10 +62,12 @@ def _of_a_region(call: Call) -> None:
         around = dict(zip(body.placeholders, call.operands, strict=True))
         with call.node.graph.inserting_before(call.node):
             for view in views:
-                if all(isinstance(around[n], Node) for n in view.all_input_nodes):
+                if all(isinstance(around.get(n), Node) for n in view.all_input_nodes):
                     around[view] = _copied(call.node.graph, view, around.__getitem__)
-        if returned in around:
+        if isinstance(around.get(returned), Node):
             _replace_result(call.node, i, around[returned])
+        else:  # a view whose sizes the body computes
+            _return_a_copy(body, i)
 
 
 _BY_OP: dict[str, Callable[[Call], None]] = {
@@ -97,7 +99,8 @@ def _views(returned: Any) -> list[Node] | None:
 def _copied(graph: Graph, view: Node, operand: Callable[[Node], Node]) -> Node:
     copied = graph.node_copy(view, operand)
     args, kwargs = torch.fx.map_arg((copied.args, copied.kwargs), value_of)
-    copied.meta = meta_with(view, copied.target(*args, **kwargs))  # type: ignore[operator]
+    assert callable(view.target)
+    copied.meta = meta_with(view, view.target(*args, **kwargs))
     return copied
 
 

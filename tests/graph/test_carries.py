@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -91,10 +92,6 @@ def test_gradients(function: Callable[..., Tensor]) -> None:
     assert_close(*gradients)
 
 
-def _traced(function: Callable[..., Any], *args: Tensor) -> torch.fx.GraphModule:
-    return make_fx(function)(*args)
-
-
 def _bodies(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
     return [m for m in gm.modules() if isinstance(m, torch.fx.GraphModule) and m is not gm]
 
@@ -112,7 +109,7 @@ def test_a_branch_returns_copies_of_its_operands() -> None:
         return torch.cond(x.sum() > 0, lambda x: (x.sin(), x + 1), lambda x: (x + 1, x.cos()), (x,))
 
     x = torch.ones(3)
-    gm = _traced(branches, x)
+    gm = make_fx(branches)(x)
     for body in _bodies(gm):
         _without_additions(body)
     show_what_bodies_pass_on(gm.graph)
@@ -130,7 +127,7 @@ def test_a_carry_that_a_loop_passes_on_is_what_it_was_at_first() -> None:
         return h, k
 
     inputs = torch.ones(3), torch.full((3,), 2.0), torch.full((4, 3), 3.0)
-    gm = _traced(loop, *inputs)
+    gm = make_fx(loop)(*inputs)
     (body,) = _bodies(gm)
     _without_additions(body)
     show_what_bodies_pass_on(gm.graph)
@@ -141,6 +138,38 @@ def test_a_carry_that_a_loop_passes_on_is_what_it_was_at_first() -> None:
     assert_close(gm(*inputs), (torch.full((3,), 81.0), inputs[1]))
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_view_that_a_region_returns(computed: bool) -> None:
+    """It is taken from the operand, or copied where the graph around cannot make it."""
+    aten, x = torch.ops.aten, torch.arange(6.0)
+
+    def call(graph: torch.fx.Graph, op: Any, args: tuple[Any, ...], value: Any) -> torch.fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = value
+        return node
+
+    inner, outer = torch.fx.Graph(), torch.fx.Graph()
+    given, operand = inner.placeholder("given"), outer.placeholder("operand")
+    given.meta["val"] = operand.meta["val"] = x
+    rows = call(inner, operator.floordiv, (call(inner, aten.sym_size.int, (given, 0), 6), 3), 2)
+    viewed = call(inner, aten.view.default, (given, [rows if computed else 2, 3]), x.view(2, 3))
+    turned = call(inner, aten.permute.default, (viewed, [1, 0]), x.view(2, 3).mT)
+    inner.output((turned,))
+    body = outer.get_attr("body")
+    op = torch.ops.higher_order.invoke_subgraph
+    result = call(outer, op, (body, "body", operand), (x.view(2, 3).mT,))
+    outer.output(call(outer, operator.getitem, (result, 0), x.view(2, 3).mT))
+    gm = torch.fx.GraphModule({"body": torch.fx.GraphModule({}, inner)}, outer)
+    show_what_bodies_pass_on(gm.graph)
+    gm.graph.lint()
+    (returned,) = gm.body.graph.output_node().all_input_nodes
+    assert (returned.target is aten.clone.default) == computed
+    (out,) = gm.graph.output_node().all_input_nodes
+    assert out.target is (operator.getitem if computed else aten.permute.default)
+    if not computed:
+        assert out.meta["val"].untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
 def test_saved_tensors_stay_saved_where_there_are_bodies() -> None:
     seen = []
 
@@ -149,7 +178,10 @@ def test_saved_tensors_stay_saved_where_there_are_bodies() -> None:
         return gm.forward
 
     weight = torch.ones(3, requires_grad=True)
-    by_branch = lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x * weight,))  # noqa: E731
+
+    def by_branch(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x * weight,))
+
     for function in (by_branch, lambda x: torch.sin(x * weight)):
         torch.compile(function, backend=fxparam.backend(inner))(torch.ones(3))
     assert seen == [False, True]
