@@ -23,7 +23,7 @@ from benchmarks.check import Outcome, check, outcome_of
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.counting import COUNTS
 from benchmarks.errors import first_line
-from benchmarks.measure import compilation, peak_memory, timed_step
+from benchmarks.measure import compilation, free_at_once, peak_memory, timed_step
 from benchmarks.programs import Setting, program, reference
 from benchmarks.timing import interleaved
 
@@ -58,6 +58,7 @@ def probe(
         Exception: whatever the contestant raises; ``check.Wrong`` if its results are not eager's.
     """
     result: dict[str, Any] = {}
+    free_at_once()
     _wake_compiler(contestant, setting)
     made = program(case, contestant, size, setting)
     with compilation() as seen:

@@ -153,6 +153,22 @@ def test_a_contestant_that_is_wrong_is_refused_and_the_others_are_timed() -> Non
         assert results[name]["error"].startswith(line)
 
 
+def test_turns_change_their_order_and_each_step_follows_one_of_its_own() -> None:
+    ran: list[str] = []
+
+    def named(name: str, model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+        ran.append(name)
+        return training_step(model, run, inputs, done)
+
+    makers = {name: partial(_changed, partial(named, name)) for name in "abc"}
+    expected = _expected(RNN)
+    interleaved(makers, lambda name: expected, 8)
+    turns = ["".join(ran[i : i + 6]) for i in range(len(ran) - 48, len(ran), 6)]
+    assert len(set(turns)) > 1
+    for turn in turns:
+        assert sorted(turn[::2]) == ["a", "b", "c"] and turn[::2] == turn[1::2]
+
+
 def test_buffers_are_checked() -> None:
     case = CASES["spectral-rnn"]
     expected = _expected(case)
