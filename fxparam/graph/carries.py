@@ -1,10 +1,11 @@
-"""What a body returns must not be the memory it was given, unless the graph around can see it.
+"""What a body returns is memory of its own, unless the graph around can see whose it is.
 
-Inductor uses the memory of an operand for other values once the operand has no more readers. Where
-a body returns an operand, or a view of one, that memory is the result's too, and the result is
-overwritten. Programs may not have such bodies, but torch makes them: in the backward of ``scan``,
-an operand without a gradient has a carry of zeros that is passed on from step to step; and the
-forward of ``nested_compile_region`` returns views of its operands, saved for backward.
+Inductor uses the memory of an operand or a result for other values once it has no more readers.
+Where a body returns an operand, or a view of one, or the same memory twice, that memory is another
+result's too, which is overwritten. Programs may not have such bodies, but torch makes them: in the
+backward of ``scan``, an operand without a gradient has a carry of zeros that is passed on from step
+to step; the forward of ``nested_compile_region`` returns views of its operands, saved for backward,
+and what it computes twice where that is saved.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from torch.fx import Graph, Node
 
 from fxparam.graph.bodies import Body, Call, call_of
-from fxparam.graph.nodes import is_view, meta_with, value_of
+from fxparam.graph.nodes import is_view, meta_with, storage_of, value_of
 
 __all__ = ["show_what_bodies_pass_on"]
 
 
 def show_what_bodies_pass_on(graph: Graph) -> None:
-    """Take what a body only passes on from its operand, or let the body return a copy.
+    """Take what a body passes on, or returns twice, from where it is, or let it return a copy.
 
     Args:
         graph: an ATen graph, forward or backward, before Inductor lowers it.
@@ -39,35 +40,36 @@ def _of_a_loop(call: Call) -> None:
     """A carry that is passed on in each run is what it was at first."""
     body = call.bodies[-1]
     first: Any = call.node.args[1 if call.op == "scan" else 2]
-    for i, returned in enumerate(_returned(body)[: len(first)]):
-        if returned is body.placeholders[i]:
+    for i, (source, *views) in _shown(body).items():
+        if i < len(first) and source is body.placeholders[i] and not views:
             _replace_result(call.node, i, first[i])
-        elif _views(returned) is not None:
+        elif i < len(first) or source.op != "placeholder":
             _return_a_copy(body, i)
 
 
 def _of_branches(call: Call) -> None:
     for body in call.bodies:
-        for i, returned in enumerate(_returned(body)):
-            if _views(returned) is not None:
-                _return_a_copy(body, i)
+        for i in _shown(body):
+            _return_a_copy(body, i)
 
 
 def _of_a_region(call: Call) -> None:
+    """Calls of a region share its code: whether it returns a copy depends on the body alone."""
     (body,) = call.bodies
-    for i, returned in enumerate(_returned(body)):
-        views = _views(returned)
-        if views is None or not any(_is_result(user, i) for user in call.node.users):
-            continue
-        around = dict(zip(body.placeholders, call.operands, strict=True))
-        with call.node.graph.inserting_before(call.node):
-            for view in views:
-                if all(isinstance(around.get(n), Node) for n in view.all_input_nodes):
-                    around[view] = _copied(call.node.graph, view, around.__getitem__)
-        if isinstance(around.get(returned), Node):
-            _replace_result(call.node, i, around[returned])
-        else:  # a view whose sizes the body computes
+    for i, (source, *views) in _shown(body).items():
+        returned, known = _returned(body), {*body.placeholders}
+        if source in returned:
+            known.add(source)
+        for view in views:
+            if known.issuperset(view.all_input_nodes):
+                known.add(view)
+        if returned[i] not in known:  # a view whose sizes the body computes, or of what stays there
             _return_a_copy(body, i)
+        elif any(_is_result(user, i) for user in call.node.users):
+            around: dict[Node, Any] = dict(zip(body.placeholders, call.operands, strict=True))
+            if source not in around:
+                around[source] = _result(call.node, returned.index(source))
+            _replace_result(call.node, i, _rebuilt(call.node, around, source, views))
 
 
 _BY_OP: dict[str, Callable[[Call], None]] = {
@@ -83,17 +85,48 @@ def _returned(body: Body) -> tuple[Any, ...]:
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
-def _views(returned: Any) -> list[Node] | None:
-    """The views that lead from an operand to a tensor that shows its memory, in order."""
-    views: list[Node] = []
-    while isinstance(returned, Node) and isinstance(value_of(returned), torch.Tensor):
-        if returned.op == "placeholder":
-            return views[::-1]
-        if returned.op != "call_function" or not is_view(returned):
-            return None
-        views.append(returned)
-        returned = returned.args[0]
-    return None
+def _shown(body: Body) -> dict[int, list[Node]]:
+    """The results that show an operand's memory, or another result's: from it, view by view."""
+    returned = {
+        i: each
+        for i, each in enumerate(_returned(body))
+        if isinstance(each, Node) and isinstance(value_of(each), torch.Tensor)
+    }
+    chains = {i: _chain(each) for i, each in returned.items()}
+    memory = {i: storage_of(value_of(each)) or each for i, each in returned.items()}
+    owners: dict[object, int] = {}
+    for i in sorted(chains, key=lambda i: len(chains[i])):
+        owners.setdefault(memory[i], i)
+    found = {}
+    for i, chain in chains.items():
+        owner = owners[memory[i]]
+        if chain[0].op == "placeholder":
+            found[i] = chain
+        elif owner != i:
+            start = chain.index(returned[owner]) if returned[owner] in chain else 0
+            found[i] = chain[start:]
+    return found
+
+
+def _chain(node: Node) -> list[Node]:
+    """The node, before it what it is a view of, and so on."""
+    chain = [node]
+    while chain[0].op == "call_function" and is_view(chain[0]):
+        viewed = chain[0].args[0]
+        if not isinstance(viewed, Node):
+            break
+        chain.insert(0, viewed)
+    return chain
+
+
+def _rebuilt(call: Node, around: dict[Node, Any], source: Node, views: list[Node]) -> Node:
+    """The last of the views in the graph around, which knows their inputs."""
+    given = around[source]
+    with call.graph.inserting_before(call if source.op == "placeholder" else given.next):
+        for view in views:
+            around[view] = _copied(call.graph, view, around.__getitem__)
+    rebuilt: Node = around[views[-1]] if views else given
+    return rebuilt
 
 
 def _copied(graph: Graph, view: Node, operand: Callable[[Node], Node]) -> Node:
@@ -102,6 +135,18 @@ def _copied(graph: Graph, view: Node, operand: Callable[[Node], Node]) -> Node:
     assert callable(view.target)
     copied.meta = meta_with(view, view.target(*args, **kwargs))
     return copied
+
+
+def _result(call: Node, i: int) -> Node:
+    """A result of a call, directly behind it."""
+    for user in call.users:
+        if _is_result(user, i):
+            call.append(user)
+            return user
+    with call.graph.inserting_before(call.next):
+        result = call.graph.call_function(operator.getitem, (call, i))
+    result.meta = meta_with(call, value_of(call)[i])
+    return result
 
 
 def _is_result(node: Node, i: int) -> bool:

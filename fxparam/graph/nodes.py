@@ -55,10 +55,11 @@ def ancestors(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda _: 
 
 def is_view(node: Node) -> bool:
     """Whether the node's value shows the memory of one of its inputs."""
-    inputs = {_storage(t) for n in node.all_input_nodes for t in tensors_in(value_of(n))}
-    outputs = [_storage(t) for t in tensors_in(value_of(node))]
+    inputs = {storage_of(t) for n in node.all_input_nodes for t in tensors_in(value_of(n))}
+    outputs = [storage_of(t) for t in tensors_in(value_of(node))]
     return bool(outputs) and all(s is not None and s in inputs for s in outputs)
 
 
-def _storage(tensor: torch.Tensor) -> object:
+def storage_of(tensor: torch.Tensor) -> object:
+    """What tensors of the same memory have in common; None for one without a storage."""
     return storage_identity(tensor)[1]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fxparam
 from fxparam.graph import show_what_bodies_pass_on
@@ -78,7 +79,37 @@ def _passed_on_by_a_region(x: Tensor, weight: Tensor) -> Tensor:
     return h @ k
 
 
-@pytest.mark.parametrize("function", [_passed_on, _in_place, _saved_views, _passed_on_by_a_region])
+@torch.compiler.nested_compile_region
+def _activation(h: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(h @ weight)
+
+
+def _saved_and_returned(x: Tensor, weight: Tensor) -> Tensor:
+    """The result is what backward needs; the sum may not be made in its memory."""
+    h = x
+    for _ in range(5):
+        h = _activation(h, weight) + h
+    return h
+
+
+def _saved_and_returned_in_a_checkpoint(x: Tensor, weight: Tensor) -> Tensor:
+    h = x
+    for _ in range(3):
+        h = checkpoint(lambda h: _activation(h, weight) * weight, h, use_reentrant=False) + h
+    return h
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _passed_on,
+        _in_place,
+        _saved_views,
+        _passed_on_by_a_region,
+        _saved_and_returned,
+        _saved_and_returned_in_a_checkpoint,
+    ],
+)
 def test_gradients(function: Callable[..., Tensor]) -> None:
     """torch 2.13's Inductor by itself gets each of them wrong."""
     if function in (_passed_on, _in_place):
@@ -168,6 +199,50 @@ def test_a_view_that_a_region_returns(computed: bool) -> None:
     assert out.target is (operator.getitem if computed else aten.permute.default)
     if not computed:
         assert out.meta["val"].untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
+def test_what_a_region_returns_twice_is_taken_from_one_result() -> None:
+    aten, x = torch.ops.aten, torch.arange(6.0).view(2, 3)
+
+    def call(graph: torch.fx.Graph, op: Any, args: tuple[Any, ...], value: Any) -> torch.fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = value
+        return node
+
+    inner, outer = torch.fx.Graph(), torch.fx.Graph()
+    given, operand = inner.placeholder("given"), outer.placeholder("operand")
+    given.meta["val"] = operand.meta["val"] = x
+    value = x.tanh()
+    computed = call(inner, aten.tanh.default, (given,), value)
+    inner.output((call(inner, aten.permute.default, (computed, [1, 0]), value.mT), computed) * 2)
+    op = torch.ops.higher_order.invoke_subgraph
+    values = (value.mT, value) * 2
+    result = call(outer, op, (outer.get_attr("body"), "body", operand), values)
+    outer.output(tuple(call(outer, operator.getitem, (result, i), values[i]) for i in (3, 2, 0)))
+    gm = torch.fx.GraphModule({"body": torch.fx.GraphModule({}, inner)}, outer)
+    show_what_bodies_pass_on(gm.graph)
+    gm.graph.lint()
+    (taken,) = gm.graph.find_nodes(op="call_function", target=operator.getitem)
+    assert taken.args == (result, 1)
+    first, *turned = gm.graph.output_node().args[0]
+    assert first is taken
+    assert [n.target for n in turned] == [aten.permute.default] * 2
+
+
+def test_a_branch_returns_no_memory_twice() -> None:
+    def branches(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cond(x.sum() > 0, lambda x: (x.sin(), x + 1), lambda x: (x + 1, x.cos()), (x,))
+
+    x = torch.ones(3)
+    gm = make_fx(branches)(x)
+    for body in _bodies(gm):
+        output = body.graph.output_node()
+        output.args = ((output.args[0][0],) * 2,)
+        body.recompile()
+    show_what_bodies_pass_on(gm.graph)
+    for body in _bodies(gm):
+        assert len(body.graph.output_node().all_input_nodes) == 2
+    assert_close(gm(x), (x.sin(), x.sin()))
 
 
 def test_saved_tensors_stay_saved_where_there_are_bodies() -> None:
