@@ -58,7 +58,7 @@ def _of_a_region(call: Call) -> None:
     (body,) = call.bodies
     for i, (source, *views) in _shown(body).items():
         returned, known = _returned(body), {*body.placeholders}
-        if source in returned:
+        if source in returned and returned.index(source) != i:
             known.add(source)
         for view in views:
             if known.issuperset(view.all_input_nodes):
@@ -92,20 +92,20 @@ def _shown(body: Body) -> dict[int, list[Node]]:
         for i, each in enumerate(_returned(body))
         if isinstance(each, Node) and isinstance(value_of(each), torch.Tensor)
     }
-    chains = {i: _chain(each) for i, each in returned.items()}
-    memory = {i: storage_of(value_of(each)) or each for i, each in returned.items()}
-    owners: dict[object, int] = {}
-    for i in sorted(chains, key=lambda i: len(chains[i])):
-        owners.setdefault(memory[i], i)
+    chains = {each: _chain(each) for each in returned.values()}
+    owners: dict[object, Node] = {}
+    for each in [*body.placeholders, *sorted(chains, key=lambda each: len(chains[each]))]:
+        owners.setdefault(_memory(each), each)
     found = {}
-    for i, chain in chains.items():
-        owner = owners[memory[i]]
-        if chain[0].op == "placeholder":
-            found[i] = chain
-        elif owner != i:
-            start = chain.index(returned[owner]) if returned[owner] in chain else 0
-            found[i] = chain[start:]
+    for i, each in returned.items():
+        owner, chain = owners[_memory(each)], chains[each]
+        if owner in body.placeholders or _returned(body).index(owner) != i:
+            found[i] = chain[chain.index(owner) if owner in chain else 0 :]
     return found
+
+
+def _memory(node: Node) -> object:
+    return storage_of(value_of(node)) or node
 
 
 def _chain(node: Node) -> list[Node]:
