@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -628,6 +629,31 @@ def test_a_read_of_which_nothing_is_made_is_not_refused(run: Callable[..., Tenso
         expected.sum().backward()
     for a, b in zip(twin.parameters(), layer.parameters(), strict=True):
         assert_close((a, a.grad), (b, b.grad))
+
+
+def test_what_comes_out_of_a_body_is_not_taken_from_what_is_evaluated_after_it() -> None:
+    class Transposed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mT
+
+    class Symmetric(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.triu() + x.triu(1).mT
+
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    for step in (Transposed(), Symmetric()):
+        ours.register_parametrization(layer, "weight", step)
+
+    def run(x: Tensor) -> Tensor:
+        with fxparam.cached():
+            i = torch.tensor(0)
+            x = while_loop(lambda i, h: i < 2, lambda i, h: (i + 1, layer(h)), (i, x))[1]
+            return layer(x)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        actual = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)(x)
+        assert_close(actual, layer(layer(layer(x))))
 
 
 def test_one_backward_for_a_region_around_a_loop() -> None:

@@ -42,12 +42,24 @@ _ZEROS = {"zeros_like", "zeros", "new_zeros"}
 def is_backward_additive(node: Node) -> bool:
     """Whether the backward of what a node computes is additive, as far as it is custom."""
     if not isinstance(node.target, HigherOrderOperator):
-        return True
+        return not _is_somebodys(node.target)
     gm: Any = node.graph.owning_module
     bodies = [b for b in (body_of(gm, a) for a in node.all_input_nodes) if b is not None]
     if node.target.__name__ != "autograd_function_apply":
         return all(is_backward_additive(n) for body in bodies for n in body.graph.nodes)
     return len(bodies) == 2 and _is_additive(bodies[1], _gradients(*bodies))
+
+
+def _is_somebodys(target: object) -> bool:
+    """Whether a function runs code that the graph does not show.
+
+    Dynamo wraps what it was told not to look into (``allow_in_graph``, ``nonstrict_trace``), which
+    may be an ``autograd.Function``; symbolic tracing calls one by its ``apply``.
+    """
+    of = getattr(target, "__self__", None)
+    if isinstance(of, type) and issubclass(of, torch.autograd.Function):
+        return True
+    return str(getattr(target, "__module__", "")).startswith("torch._dynamo")
 
 
 def _gradients(forward: GraphModule, backward: GraphModule) -> set[Node]:
@@ -94,10 +106,9 @@ def _is_additive_step(
     if name in _BILINEAR:
         return len(on) == 1 and len(tensors) <= 2 and _occurrences(node, on[0]) == 1
     if name in _SUMS:
-        terms = tree_flatten(node.args[0] if name in ("cat", "stack") else node.args)[0]
-        nodes = [t for t in terms if isinstance(t, Node)]
-        plain = name in ("cat", "stack") or len(nodes) == len(terms)
-        return plain and all(t in depends or t in zeros for t in nodes)
+        terms = tree_flatten((node.args, node.kwargs))[0]
+        plain = name in ("cat", "stack") or all(isinstance(t, Node) for t in terms)
+        return plain and all(t in depends or t in zeros for t in tensors)
     if name in ("where", "masked_fill"):
         condition, branches = _branches(node, name)
         return condition not in depends and all(

@@ -16,7 +16,8 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class EffectTable:
         barriers: the places of the nodes that may write any.
         outputs: for each tensor that the graph returns, the storages it may live in.
         calls: the nodes that run bodies, with each body's own table.
+        takes_gradients: nodes that run autograd, as ``torch.autograd.grad`` does.
     """
 
     of: dict[Node, Effects] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class EffectTable:
     barriers: list[int] = field(default_factory=list)
     outputs: list[frozenset[int]] = field(default_factory=list)
     calls: dict[Node, tuple[Call, tuple[EffectTable, ...]]] = field(default_factory=dict)
+    takes_gradients: list[Node] = field(default_factory=list)
 
     @property
     def escaping(self) -> frozenset[int]:
@@ -141,6 +144,7 @@ class _Numbers:
         self.fresh = itertools.count()
         self.memory: dict[Hashable, int] = {}  # address of a storage -> number
         self.named: set[int] = set()  # the numbers in it
+        self.anywhere = next(self.fresh)  # memory of which nothing is known: it may be any other
         self.ops = Ops()
 
     def of(self, tensor: torch.Tensor) -> int:
@@ -176,6 +180,8 @@ class _Analysis:
             effects = self.of[node] = self._node(node)
             if effects.writes_all:
                 table.barriers.append(i)
+            if _takes_gradients(node):
+                table.takes_gradients.append(node)
             for storage in effects.writes:
                 table.writers.setdefault(storage, []).append(i)
         return table
@@ -195,16 +201,21 @@ class _Analysis:
         if node.op == "call_module" and is_confined(self.gm, node):
             return self._module(node, flat)
         if not is_torch(node):
+            found = tuple(value | {self.numbers.anywhere} for value in every)
             return self._effects(
-                flat, every, writes=flat, random=True, known=False, writes_all=True
+                flat, found, writes=flat, random=True, known=False, writes_all=True
             )
         call = call_of(self.gm, node)
         if call is not None and value_of(node) is not None:
             return self._call(call, flat, count)
         op = self._op(node)
-        if not op.known and value_of(node) is None and writes_nothing(node):
-            values = every if may_alias(node) else (every[0] - flat,)
+        if not op.known and writes_nothing(node):
+            values = every if may_alias(node) else (every[0] - flat,) * len(every)
             return self._effects(flat, values, random=True, known=False, raises=True)
+        if op.moves_memory:
+            for arg in node.all_input_nodes:
+                values = tuple(value | flat for value in self.of[arg].values)
+                self.of[arg] = replace(self.of[arg], values=values)
         if not op.known or len(op.outputs) != count:
             return self._effects(flat, every, writes=flat, random=True, known=False, raises=True)
         tokens: dict[int | None, int] = {}
@@ -239,18 +250,24 @@ class _Analysis:
         writes_all: bool = False,
         raises: bool = False,
     ) -> Effects:
-        return Effects(reads, writes, random, known, writes_all, raises, self.modes.key, values)
+        everything = writes_all or self.numbers.anywhere in writes
+        return Effects(reads, writes, random, known, everything, raises, self.modes.key, values)
 
     def _input(self, node: Node) -> Effects:
         value: Any = value_of(node)
         if node.op == "get_attr":
-            value = attribute_of(self.gm, node)
+            # An input may be the same tensor, and is known by the fake of it.
+            pairs = zip_longest(*map(tensors_in, (attribute_of(self.gm, node), value)))
+            known = ([t for t in pair if t is not None] for pair in pairs)
+            return self._effects(
+                frozenset(), tuple(frozenset(map(self.numbers.of, pair)) for pair in known)
+            )
         elif self.inputs is not None:
             count = len(tensors_in(value)) if value is not None else 1
             return self._effects(frozenset(), (next(self.inputs),) * count)
         values = tuple(frozenset({self.numbers.of(t)}) for t in tensors_in(value))
         if not values and value is None:  # a placeholder of which nothing is known
-            values = (frozenset({next(self.numbers.fresh)}),)
+            values = (frozenset({next(self.numbers.fresh), self.numbers.anywhere}),)
         return self._effects(frozenset(), values)
 
     def _returned(self, output: Node) -> Iterator[frozenset[int]]:
@@ -325,13 +342,24 @@ class _Analysis:
             else [t.outputs for t in tables]
         )
         passes = any(storages & s for found in results for storages in found for s in inputs)
-        outputs = tuple((every if passes or writes else frozenset(), k) for k in range(count))
+        # Results that are views of each other are written together.
+        own = [
+            next((j for j in range(k) if any(r[j] & r[k] for r in results if len(r) > k)), k)
+            for k in range(count)
+        ]
+        outputs = tuple((every if passes or writes else frozenset(), k) for k in own)
         return OpEffects(
             every if writes else frozenset(),
             any(e.random for e in effects),
             outputs,
             raises=any(e.raises for e in effects),
         )
+
+
+def _takes_gradients(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "backward"
+    return node.target in (torch.autograd.grad, torch.autograd.backward)
 
 
 def _is_unknown(effects: Effects) -> bool:

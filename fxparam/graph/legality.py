@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from fxparam.graph.additive import is_backward_additive
 from fxparam.graph.effects import EffectTable
+from fxparam.graph.gradients import is_tracked
 from fxparam.graph.modes import grad_may_be_enabled
 from fxparam.graph.nodes import tensors_in, value_of
 
@@ -37,6 +38,8 @@ class Rule(enum.Enum):
     WRITES = "the evaluation writes in place (rule 5)"
     UNKNOWN = "the effects of an operation are not known (rule 5)"
     MAY_NOT_RUN = "the body may not run, and the program would not have evaluated it (rule 6)"
+    DIFFERENTIATED = "the graph itself takes gradients of what is computed from it (rule 1)"
+    NO_GRADIENT = "the branch taken may give it no gradient, which is not one of zeros (rule 6)"
     REDUCED = "its gradient would be summed over the steps in reduced precision (rule 1)"
     TOO_LARGE = "the value has more than max_bytes bytes (profitability)"
     ONE_USE = "nothing else uses the value, and the body runs once (profitability)"
@@ -51,6 +54,8 @@ def refusal(
         return impure
     if not has_one_backward_for_all(table, again):
         return Rule.NOT_ADDITIVE
+    if may_a_gradient_be_taken(table, again):
+        return Rule.DIFFERENTIATED
     if not runs_under_the_same_modes(table, first, again):
         return Rule.MODES_DIFFER
     if is_an_input_written_between(table, first, again):
@@ -86,6 +91,8 @@ def obstacle(
         return impure
     if not (asked_for or has_one_backward_for_all(table, node)):
         return Rule.NOT_ADDITIVE
+    if any(may_a_gradient_be_taken(each, node) for each in (*inner, *around)):
+        return Rule.DIFFERENTIATED
     if not runs_under_the_modes_of_the_call(around[0], call, table, node):
         return Rule.MODES_DIFFER
     if any(is_an_input_written_inside(body, table, node) for body in inner):
@@ -112,6 +119,14 @@ def has_effects(table: EffectTable, node: Node) -> Rule | None:
 def has_one_backward_for_all(table: EffectTable, node: Node) -> bool:
     """Rule 1 for backward: is the backward of a sum of gradients the sum of their backwards?"""
     return not grad_may_be_enabled(table.of[node].modes) or is_backward_additive(node)
+
+
+def may_a_gradient_be_taken(table: EffectTable, node: Node) -> bool:
+    """Rule 1 for autograd in the graph: the gradient of one access is not that of all of them.
+
+    Nor can autograd go twice through one evaluation, of which it frees what was saved.
+    """
+    return is_tracked(node) and bool(table.takes_gradients)
 
 
 def runs_under_the_same_modes(table: EffectTable, first: Node, again: Node) -> bool:
@@ -175,7 +190,7 @@ def does_the_value_leave_the_body(table: EffectTable, node: Node) -> bool:
 
 
 def runs_whenever_the_call_does(
-    table: EffectTable, node: Node, *, always: bool, branch: bool, on_every_path: bool
+    *, raises: bool, always: bool, branch: bool, on_every_path: bool
 ) -> bool:
     """Rule 6: is the evaluation run anyway, or does it do no harm where it is not?
 
@@ -183,13 +198,27 @@ def runs_whenever_the_call_does(
     times. In front of a branch it is work that the other branch would not have done.
 
     Args:
+        raises: the value, or one that would be made with it, may raise depending on the data.
         always: the body runs at least once.
         branch: the body is one of several, of which one runs.
         on_every_path: the value is also evaluated in the other bodies, or outside.
     """
     if always or on_every_path:
         return True
-    return not branch and not table.of[node].raises
+    return not branch and not raises
+
+
+def has_a_gradient_on_every_path(paths: Sequence[bool], *, outside: bool) -> bool:
+    """Rule 6 for backward: does whichever branch is taken give the value a gradient, or none?
+
+    In front of a branch, a value that the branch taken does not differentiate gets a gradient of
+    zeros where the program gives it none. Zero times an infinite derivative is not zero.
+
+    Args:
+        paths: for each branch, whether a gradient comes back from it.
+        outside: whether one comes back from outside of the branches.
+    """
+    return outside or all(paths) or not any(paths)
 
 
 def is_too_large(node: Node, max_bytes: float) -> bool:

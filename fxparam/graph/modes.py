@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxparam._private import tree_flatten
+from fxparam._private import set_grad_enabled, tree_flatten
 from fxparam.graph.literals import literal_key
 from fxparam.graph.nodes import value_of
 
@@ -29,6 +29,8 @@ _PAIRS = {
 # These name the whole mode in their arguments; a functorch level is a new one each time.
 _BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
 _NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
+# Whether it is on, and the dtype it casts to; another key for what is not known.
+_Autocast = tuple[Hashable, Hashable]
 
 
 def grad_may_be_enabled(key: Hashable) -> bool:
@@ -64,7 +66,7 @@ class ModeStack:
         self._fresh = itertools.count()
         self._base: Hashable = "entry"
         self._grad: Hashable = grad_enabled
-        self._autocast: dict[str, Hashable] = {}  # by device, where it is not that of the entry
+        self._autocast: dict[str, _Autocast] = {}  # by device, where it was switched
         self._entered: list[tuple[str, Hashable]] = []
         self._taken: set[Node] = set()
         self._asked: dict[Node, Hashable] = {}  # the grad mode that a node answered
@@ -82,7 +84,11 @@ class ModeStack:
         return (
             self._base,
             self._grad,
-            frozenset(self._autocast.items()),
+            frozenset(
+                (device, _casts_to(state))
+                for device, state in self._autocast.items()
+                if _casts_to(state) != _casts_to(_autocast_on_entry(device, self._autocast_now))
+            ),
             tuple(entry for entry in self._entered if entry[0] != "_enter_autocast"),
         )
 
@@ -111,26 +117,18 @@ class ModeStack:
 
     def _set_autocast(
         self, device: Any, dtype: Any = None, enabled: Any = True, *_: Any
-    ) -> tuple[str, Hashable]:
-        """A device's autocast becomes what it casts to, None where it is off.
-
-        Returns:
-            The device, and what it was.
-        """
+    ) -> tuple[str, _Autocast]:
+        """Switch a device's autocast; gives the device, and what it was."""
         before = self._autocast.get(device, _autocast_on_entry(device, self._autocast_now))
-        after: Hashable = None
         if any(isinstance(v, Node) for v in (dtype, enabled)):
-            after = next(self._fresh)
-        elif enabled:
-            # Without a dtype, that of the autocast around, or the device's own where there is none.
-            after = dtype or (before if isinstance(before, torch.dtype) else ("default", before))
-        self._put_back(device, after)
+            self._autocast[device] = (next(self._fresh), next(self._fresh))
+        else:
+            # Without a dtype it is the one set last, by an autocast that is off, too.
+            self._autocast[device] = (bool(enabled), dtype or before[1])
         return device, before
 
-    def _put_back(self, device: str, state: Hashable) -> None:
+    def _put_back(self, device: str, state: _Autocast) -> None:
         self._autocast[device] = state
-        if state == _autocast_on_entry(device, self._autocast_now):
-            del self._autocast[device]
 
     def set_grad(self, mode: object) -> None:
         """The grad mode becomes what a literal names, or what it was where it was asked for."""
@@ -140,16 +138,24 @@ class ModeStack:
             self._grad = mode if isinstance(mode, bool) else next(self._fresh)
 
 
-def _autocast_on_entry(device: str, now: bool) -> Hashable:
+def _autocast_on_entry(device: str, now: bool) -> _Autocast:
     if not now:
-        return "entry"
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return "entry", "entry"
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _casts_to(state: _Autocast) -> Hashable:
+    """What an autocast does to an operation: nothing (None) while it is off."""
+    enabled, dtype = state
+    return None if enabled is False else (enabled, dtype)
 
 
 def _is_switch(node: Node, switches: set[Node]) -> bool:
     """A call that neither takes nor returns a tensor or a number."""
     if node.op not in ("call_function", "call_method"):
         return False
+    if node.target in (torch.is_grad_enabled, set_grad_enabled):
+        return True  # also where a run has left the answer, a number
     values = [value_of(n) for n in (node, *node.all_input_nodes)]
     if any(a.op == "get_attr" for a in node.all_input_nodes):
         return False

@@ -24,15 +24,17 @@ from torch.fx import GraphModule, Node
 from fxparam.graph.bodies import Call
 from fxparam.graph.effects import EffectTable
 from fxparam.graph.evaluations import owner
+from fxparam.graph.gradients import reached_by_gradients
 from fxparam.graph.legality import (
     Rule,
+    has_a_gradient_on_every_path,
     is_its_gradient_summed_in_reduced_precision,
     is_too_large,
     obstacle,
     runs_whenever_the_call_does,
 )
 from fxparam.graph.marks import distinguish, evaluation_marks, region_mark
-from fxparam.graph.nodes import ancestors, attribute_of, value_of
+from fxparam.graph.nodes import ancestors, attribute_of, meta_with, value_of
 from fxparam.graph.operands import (
     drop_operands,
     merge_operands,
@@ -107,7 +109,8 @@ def _calls(group: list[Scope]) -> list[Context]:
 
 
 def _movable(scope: Scope, marked: Mapping[tuple[str, str], int], moved: Moved) -> Movable:
-    found = Movable(scope)
+    reached = (reached_by_gradients(scope.gm.graph, table) for table in scope.tables)
+    found = Movable(scope, differentiated=set().union(*reached))
     varying = len(scope.live[0].call.varying)
     placeholders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
     found.stays = set(placeholders[varying:])
@@ -182,11 +185,31 @@ def _move_group(
             wanted = [node for i, node in firsts if i == index]
             copies.update(_copy_before(context, call, index, body, wanted, moved))
             recompute_as_before(call, body.scope.gm, wanted, copies)
-        call.set_operands([*call.operands, *(copies[node] for _, node in firsts)])
+        operands = [
+            copies[places[0][1]] if _has_a_gradient(group, places) else _detached(copies, places)
+            for places in crossing.values()
+        ]
+        call.set_operands([*call.operands, *operands])
     for places in crossing.values():
         _enter_as_operand(group, places, contexts[0].call.branches)
     drop_operands(contexts, used - used_operands(contexts[0]))
     moved.values += len(crossing)
+
+
+def _has_a_gradient(group: list[Movable], places: list[tuple[int, Node]]) -> bool:
+    """Whether the bodies may give a value a gradient, rather than none."""
+    return not value_of(places[0][1]).requires_grad or any(
+        node in group[index].differentiated for index, node in places
+    )
+
+
+def _detached(copies: dict[Node, Any], places: list[tuple[int, Node]]) -> Node:
+    """An operand to which a call gives no gradient of zeros."""
+    value: Node = copies[places[0][1]]
+    with value.graph.inserting_after(value):
+        operand = value.graph.call_method("detach", (value,))
+    operand.meta = meta_with(value, value_of(value).detach())
+    return operand
 
 
 def _crossing(
@@ -228,12 +251,16 @@ def _read_by_the_rest(
     """The values that what stays in the body reads."""
     found: dict[Node, None] = {}
     seen: set[Node] = set()
+    raising = [
+        _raising(body, context, numbers, sites[context.parent])
+        for context, numbers in zip(body.scope.live, body.numbers, strict=True)
+    ]
 
     def require(node: Node) -> None:
         if node in seen or node not in body.nodes:
             return
         seen.add(node)
-        refused = _stays_inside(body, node, sites, max_bytes)
+        refused = _stays_inside(body, node, sites, raising, max_bytes)
         if refused is None:
             found[node] = None
             return
@@ -249,10 +276,25 @@ def _read_by_the_rest(
     return list(found)
 
 
+def _raising(
+    body: Movable, context: Context, numbers: Mapping[Node, Hashable], around: Sites
+) -> set[Node]:
+    """Nodes that may raise, or are computed from what may, and are not evaluated anyway."""
+    found: set[Node] = set()
+    effects = context.inner[context.index].of
+    for node in body.nodes:
+        if not around.is_outside(numbers[node]) and (
+            effects[node].raises or not found.isdisjoint(node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
 def _stays_inside(
     body: Movable,
     node: Node,
     sites: Mapping[Scope, Sites],
+    raising: list[set[Node]],
     max_bytes: float,
 ) -> Rule | bool | None:
     """Why a value that could be made before the call is made in the body, None if it is not."""
@@ -264,16 +306,24 @@ def _stays_inside(
     if _is_view(scope.tables[0], node):
         return True
     repeated = node in body.evaluated_again
-    for context, numbers in zip(scope.live, body.numbers, strict=True):
+    for context, numbers, raises in zip(scope.live, body.numbers, raising, strict=True):
         number, around = numbers[node], sites[context.parent]
         if not runs_whenever_the_call_does(
-            context.inner[context.index],
-            node,
+            raises=node in raises,
             always=context.call.bodies[context.index].always,
             branch=context.call.branches,
             on_every_path=around.is_outside(number) or around.on_every_path(number, context),
         ):
             return Rule.MAY_NOT_RUN
+        if (
+            context.call.branches
+            and value_of(node).requires_grad
+            and not has_a_gradient_on_every_path(
+                around.gradients(number, context),
+                outside=around.has_a_gradient_outside(number, context),
+            )
+        ):
+            return Rule.NO_GRADIENT
         if context.loops and is_its_gradient_summed_in_reduced_precision(node):
             return Rule.REDUCED
         repeated |= around.is_repeated(number)
@@ -338,7 +388,9 @@ def _enter_as_operand(group: list[Movable], places: list[tuple[int, Node]], bran
         with point:
             entered = graph.placeholder(name)
         entered.target = entered.name  # an argument's name, which must be its own
-        entered.meta = dict(places[0][1].meta)
+        value = value_of(places[0][1])
+        given = value if _has_a_gradient(group, places) else value.detach()
+        entered.meta = meta_with(places[0][1], given)
         if branches:
             entered = with_gradient_laid_out_alike(entered)
         mine = [node for i, node in places if i == index]

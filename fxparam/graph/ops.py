@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class OpEffects:
     outputs: tuple[tuple[frozenset[int], int | None], ...] = ()
     known: bool = True
     raises: bool = False  # depending on the data
+    moves_memory: bool = False  # an argument shows another one's memory afterwards
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[misc]
@@ -172,8 +173,10 @@ def _observe(node: Node, fake_mode: Any) -> OpEffects:
         args, kwargs = _substitute(node, fakes)
         with recorder:
             result = call(node, args, kwargs)
-        if [_metadata(t) for t in leaves] != before:  # t_(), set_(), requires_grad_()
-            return UNKNOWN
+        after = [_metadata(t) for t in leaves]
+        if after != before:  # t_(), set_(), requires_grad_()
+            moves = [b[-1] for b in before] != [a[-1] for a in after]
+            return replace(UNKNOWN, moves_memory=moves)
     outputs = tensors_in(result)
     if not outputs and not _is_scalar(result):
         return UNKNOWN  # register_hook, retain_grad, backward: there for their effect
@@ -248,7 +251,7 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _metadata(tensor: torch.Tensor) -> Hashable:
+def _metadata(tensor: torch.Tensor) -> tuple[Hashable, ...]:
     shape = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
     return (*shape, tensor.dtype, tensor.requires_grad, storage_of(tensor))
 

@@ -158,8 +158,10 @@ class _Run:
         """
         matches: dict[Node, Node] = {}
         rest = list(first.nodes)
+        place = self.scope.tables[0].position
         for other in again.nodes:
-            alike = [n for n in rest if self._is_alike(n, other)]
+            # What came out of a body between the nodes of ``first`` does not wait for the rest.
+            alike = [n for n in rest if place[n] < place[other] and self._is_alike(n, other)]
             one = next((n for n in alike if self._has_the_inputs(n, other, first, matches)), None)
             if one is not None:
                 matches[other] = one

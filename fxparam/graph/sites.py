@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from fxparam.graph.gradients import reached_by_gradients
 from fxparam.graph.numbering import key_of
 from fxparam.graph.scopes import Context, Scope
 from fxparam.graph.share import Shared
@@ -29,6 +30,7 @@ class Movable:
         evaluated_again: those of an evaluation that a ``cached()`` region holds another one of.
         stays: placeholders and attributes that are the same in each run.
         numbers: for each context, what the nodes compute in terms of the graph around.
+        differentiated: those that a gradient may come back to from the body.
     """
 
     scope: Scope
@@ -36,6 +38,7 @@ class Movable:
     evaluated_again: set[Node] = field(default_factory=set)
     stays: set[Node] = field(default_factory=set)
     numbers: list[dict[Node, Hashable]] = field(default_factory=list)
+    differentiated: set[Node] = field(default_factory=set)
 
 
 class Sites:
@@ -45,6 +48,8 @@ class Sites:
         self.shared = shared
         self._fresh: dict[Hashable, Hashable] = {}
         self._runs: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
+        self._gradients: dict[Hashable, set[tuple[Node, int]]] = defaultdict(set)
+        self._reached: set[Node] | None = None
 
     def add(self, body: Movable, context: Context) -> None:
         """Number a body's values as one of the graph's calls runs it."""
@@ -52,6 +57,8 @@ class Sites:
         body.numbers.append(numbers)
         for node in body.nodes:
             self._runs[numbers[node]].add((context.call.node, context.index))
+            if node in body.differentiated:
+                self._gradients[numbers[node]].add((context.call.node, context.index))
 
     def _numbers(self, body: Movable, context: Context) -> dict[Node, Hashable]:
         call = context.current
@@ -95,6 +102,18 @@ class Sites:
         """Whether the other bodies of the call evaluate it as well."""
         others = set(range(len(context.call.bodies))) - {context.index}
         return bool(others) and all((context.call.node, i) in self._runs[number] for i in others)
+
+    def gradients(self, number: Hashable, context: Context) -> list[bool]:
+        """For each body of the call, whether a gradient comes back to the value from it."""
+        seats = range(len(context.call.bodies))
+        return [(context.call.node, i) in self._gradients[number] for i in seats]
+
+    def has_a_gradient_outside(self, number: Hashable, context: Context) -> bool:
+        if not isinstance(number, Node):
+            return False
+        if self._reached is None:
+            self._reached = reached_by_gradients(number.graph, context.outer)
+        return number in self._reached
 
     def is_repeated(self, number: Hashable) -> bool:
         return self.is_outside(number) or len(self._runs[number]) > 1

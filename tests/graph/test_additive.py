@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as torch_map
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -41,10 +42,12 @@ BACKWARDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "where": (lambda g, x: torch.where(x > 0, g, torch.zeros_like(g)), True),
     "product": (lambda g, x: (g @ x.mT + x.mT @ g).tril() - g.mT, True),
     "zero": (lambda g, x: torch.zeros_like(g), True),
+    "joined, by keyword": (lambda g, x: torch.cat(tensors=[g[:1], g[1:]]), True),
     "clipped": (lambda g, x: g.clamp(-0.1, 0.1), False),
     "normalised": (lambda g, x: g / (g.norm() + 1), False),
     "affine": (lambda g, x: g * 2 + 1, False),
     "affine in x": (lambda g, x: g + x, False),
+    "affine in x, by keyword": (lambda g, x: torch.add(g, other=x), False),
     "squared": (lambda g, x: g * g, False),
     "sign": (lambda g, x: g.sign(), False),
     "constant": (lambda g, x: x, False),
@@ -98,6 +101,37 @@ def test_shared_where_additive(name: str, checkpointed: bool) -> None:
         # An assignment to an element is not seen through, and refused before that.
         rule = Rule.UNKNOWN if name == "zeros that are set" else Rule.NOT_ADDITIVE
         assert rule in {kept.rule for kept in entry.kept}
+
+
+@torch.compiler.allow_in_graph
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.05, 0.05)
+
+
+class _Opaque(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Hidden.apply(x)
+
+
+def test_a_function_that_the_graph_does_not_show_stays_in_a_body() -> None:
+    torch.compiler.reset()
+    cell = nn.Linear(3, 3, dtype=torch.float64)
+    parametrize.register_parametrization(cell, "weight", _Opaque())
+    twin, rows = copy.deepcopy(cell), torch.randn(4, 3, dtype=torch.float64)
+    run = torch.compile(
+        lambda rows: torch_map(lambda row: torch.tanh(twin(row)), rows),
+        backend=fxparam.backend("aot_eager"),
+    )
+    run(rows).sum().backward()
+    torch.stack([torch.tanh(cell(row)) for row in rows]).sum().backward()
+    for actual, expected in zip(twin.parameters(), cell.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 @pytest.mark.parametrize("name", ["clipped", "affine"])

@@ -198,6 +198,24 @@ def _checkpointed(m: _Module, x: Tensor) -> Tensor:
     return E(m.p) @ y
 
 
+def _autocast_by_default(m: _Module, x: Tensor) -> Tensor:
+    p, y = 0.1 * m.p.float(), 0.1 * x.float()
+    with torch.autocast("cpu", torch.float16):
+        y = E(p @ p) @ y
+        with torch.autocast("cpu", enabled=False), torch.autocast("cpu"):
+            y = E(p @ p) @ y  # float16, the dtype that was set last
+    with torch.autocast("cpu"):
+        return (E(p @ p) @ y).to(x.dtype)
+
+
+def _original_is_given_other_memory(m: _Module, x: Tensor) -> Tensor:
+    t = torch.empty_like(m.b)
+    t.set_(m.b)
+    y = E(t) @ x
+    m.b.mul_(0.5)
+    return E(t) @ y
+
+
 CASES: dict[Callable[..., Any], int] = {
     _plain: 1,
     _suffix_differs: 1,
@@ -215,6 +233,8 @@ CASES: dict[Callable[..., Any], int] = {
     _value_written_through_a_view: 2,
     _value_written_by_relu_inplace: 2,
     _value_escapes: 2,
+    _original_is_given_other_memory: 2,
+    _autocast_by_default: 2,
     _no_grad: 2,
     _vmap: 2,
     _of_an_input: 2,

@@ -17,6 +17,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
+import fxparam
 from fxparam.graph import HoistResult, Rule, hoist
 
 E = torch.matrix_exp
@@ -112,6 +113,22 @@ def _one_branch_and_before(m: _Module, x: Tensor) -> Tensor:
     return torch.cond(y.sum() > 0, lambda x: x @ E(m.p), lambda x: x * 2, (y,))
 
 
+def _one_branch_and_before_but_detached(m: _Module, x: Tensor) -> Tensor:
+    y = x @ E(m.p).detach()
+    return torch.cond(y.sum() > 0, lambda x: x @ E(m.p), lambda x: x @ m.q, (y,))
+
+
+def _detached_in_one_branch(m: _Module, x: Tensor) -> Tensor:
+    def detached(x: Tensor) -> Tensor:
+        return x @ E(m.p).detach() + m.q.sum()
+
+    return torch.cond(x.sum() > 0, lambda x: x @ E(m.p) + m.q.sum(), detached, (x,))
+
+
+def _detached(m: _Module, x: Tensor) -> Tensor:
+    return _scan(lambda h, row: torch.tanh(E(m.p).detach() @ h + m.q @ row), x)
+
+
 def _one_branch_and_before_but_written(m: _Module, x: Tensor) -> Tensor:
     y = x @ E(m.b)
     m.b.mul_(0.5)
@@ -198,6 +215,10 @@ def _while_loop_that_might_raise(m: _Module, x: Tensor) -> Tensor:
     return _while(lambda h: h @ torch.linalg.inv(E(m.b) * 0), x, steps=0)
 
 
+def _while_loop_that_might_raise_on_the_way(m: _Module, x: Tensor) -> Tensor:
+    return _while(lambda h: h @ (2 * torch.linalg.inv(E(m.b) * 0)), x, steps=0)
+
+
 # What is left: in the outermost graph, in bodies; and the rule that kept what is in bodies.
 CASES: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
     _moves: (1, 0, None),
@@ -217,6 +238,9 @@ CASES: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
     _branches_differ: (0, 2, Rule.MAY_NOT_RUN),
     _one_branch_and_before: (1, 0, None),
     _one_branch_and_before_but_written: (1, 1, Rule.WRITTEN_AROUND),
+    _one_branch_and_before_but_detached: (1, 1, Rule.NO_GRADIENT),
+    _detached_in_one_branch: (0, 2, Rule.NO_GRADIENT),
+    _detached: (1, 0, None),
     _checkpoint_once: (0, 1, Rule.ONE_USE),
     _checkpoint_twice: (1, 0, None),
     _checkpoint_twice_but_written: (0, 2, Rule.WRITTEN_AROUND),
@@ -228,6 +252,7 @@ INFERENCE: dict[Callable[..., Any], tuple[int, int, Rule | None]] = {
     _while_loop: (1, 0, None),
     _while_loop_of_no_trip: (1, 0, None),
     _while_loop_that_might_raise: (1, 0, Rule.MAY_NOT_RUN),
+    _while_loop_that_might_raise_on_the_way: (1, 0, Rule.MAY_NOT_RUN),
 }
 
 
@@ -260,7 +285,9 @@ def _run(body: Callable[..., Any], train: bool) -> tuple[torch.fx.GraphModule, H
         outputs.append(out)
     torch.testing.assert_close(outputs[1], outputs[0])
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
+        # What a body does not use it gives a gradient of zeros, or none.
+        expected, actual = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
+        torch.testing.assert_close(actual, expected, msg=name)
     for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(q, p, msg=name)
     (result,) = results
@@ -284,6 +311,38 @@ def test_nothing_of_a_factorization_stays_in_the_body() -> None:
     gm, _ = _run(_factors, train=True)
     (body,) = _graphs(gm)[1:]
     assert all(n.target is not torch.linalg.qr for n in body.graph.nodes)
+
+
+class _Root(nn.Module):
+    """The root of a zero, whose derivative is infinite, and another parameter."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64))
+        self.q = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def _root_in_the_branch_not_taken(m: _Root, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.cond(x.sum() > 0, lambda x: x * m.p.sqrt(), lambda x: x * m.q, (x,))
+    return y, m.p.sqrt().detach()
+
+
+def _root_without_a_gradient(m: _Root, x: Tensor) -> tuple[Tensor]:
+    return (_scan(lambda h, row: torch.tanh(h * m.q + row) + m.p.sqrt().detach(), x.expand(4, 3)),)
+
+
+@pytest.mark.parametrize("body", [_root_in_the_branch_not_taken, _root_without_a_gradient])
+def test_no_gradient_does_not_become_one_of_zeros(body: Callable[..., Any]) -> None:
+    torch.compiler.reset()
+    model = _Root(body)
+    run = torch.compile(model, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    run(-torch.ones(3, dtype=torch.float64))[0].sum().backward()
+    assert model.q.grad is not None and model.q.grad.isfinite().all()
+    assert model.p.grad is None or not model.p.grad.any()
 
 
 @pytest.mark.parametrize(
