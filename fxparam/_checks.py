@@ -6,13 +6,13 @@ errors are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleDict
+from torch.nn.parameter import is_lazy
 
 from fxparam import _private
 from fxparam._classes import chains_of
@@ -22,11 +22,10 @@ __all__ = [
     "assigned_originals",
     "check_appended",
     "check_modules",
+    "check_not_scripted",
     "check_value",
     "registrable",
     "shape_and_dtype",
-    "training_mode",
-    "unwritten",
 ]
 
 _UNLESS = "of the tensor, unless the `unsafe` flag is enabled."
@@ -50,33 +49,14 @@ def check_modules(**arguments: object) -> None:
             )
 
 
-@contextmanager
-def training_mode(parametrization: Module, mode: bool) -> Iterator[None]:
-    """Put ``parametrization`` into the training mode ``mode``; back again if the block raises."""
-    before = [(module, module.training) for module in parametrization.modules()]
-    try:
-        parametrization.train(mode)
-        yield
-    except BaseException:
-        for module, training in before:
-            module.training = training
-        raise
-
-
-@contextmanager
-def unwritten(tensor: Tensor) -> Iterator[None]:
-    """Give ``tensor`` its values back if the block, which runs a user's code on it, raises."""
-    if tensor.is_inference():  # no version counter, and not to be written outside inference mode
-        yield
-        return
-    saved, version = tensor.detach().clone(), tensor._version
-    try:
-        yield
-    except BaseException:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(saved)
-        raise
+def check_not_scripted(module: Module) -> None:
+    """Raise RuntimeError for a module of ``torch.jit``, whose tensors cannot be exchanged."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "Tensors of a module of torch.jit cannot be parametrized.\n"
+            f"required: a torch.nn.Module written in Python\nfound: {type(module).__name__}\n"
+            "Parametrize the module that was scripted or traced."
+        )
 
 
 def registrable(module: Module, name: str) -> Tensor:
@@ -93,6 +73,13 @@ def registrable(module: Module, name: str) -> Tensor:
         raise AttributeError(
             "Only a tensor can be parametrized.\nrequired: a parameter or buffer\n"
             f"found: {type(module).__name__}.{name} is registered as None"
+        )
+    check_not_scripted(module)
+    if is_lazy(tensor):
+        raise RuntimeError(
+            "A tensor is parametrized by a function of its values, which a lazy module does not "
+            "have before its first call.\nrequired: a tensor with a shape\n"
+            f"found: {type(module).__name__}.{name} is uninitialized\nCall the module once before."
         )
     _check_name(module, name)
     return tensor

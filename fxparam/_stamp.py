@@ -1,24 +1,28 @@
 """What a value of a parametrized tensor was computed from, so that a stale one is never reused.
 
 A snapshot lists everything an evaluation reads that can be compared: the chain's modules, the
-tensors they hold (the originals among them), and for each tensor its identity, version counter,
-storage, shape, strides, dtype and whether it asks for a gradient. Two snapshots of one chain are
-equal when nothing of it was exchanged or written in between.
+tensors they hold (the originals among them) or can get at through containers, other modules and
+what functions close over, and for each tensor its identity, version counter, storage, shape,
+strides, dtype and whether it asks for a gradient. Two snapshots of one chain are equal when nothing
+of it was exchanged or written in between.
 
 What no version counter sees is not seen here either: a write through ``tensor.data``, through
-NumPy, or to a Python attribute of a parametrization other than ``training`` and plain tensors.
+NumPy, or to a Python attribute of a parametrization other than ``training`` and what holds tensors.
+Nor are tensors that are found by a global name, or in an object that is none of the above.
 """
 
 from __future__ import annotations
 
 import operator
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fxparam import _private
+from fxparam._reach import held_by, reached
 
 __all__ = ["Entry", "Snapshot"]
 
@@ -34,7 +38,8 @@ class Snapshot:
     """The state of a chain at one moment: objects to compare by identity, facts by value.
 
     Args:
-        chain: a ``ParametrizationList``; not kept, as an entry must not keep its own key alive.
+        chain: a ``ParametrizationList``; not kept, as an entry must not keep its own key alive, nor
+            are modules, which may hold it: weak references are, of which a module has one.
     """
 
     __slots__ = ("_functorch", "facts", "level", "objects", "pins", "tracked")
@@ -46,7 +51,15 @@ class Snapshot:
         self.level = -1
         self.tracked = True
         self._functorch = _private.inside_functorch()
-        self._visit(chain)
+        own: list[Module] = []
+        # Plain attributes too: replicas of a module hold their parameters that way.
+        self._visit(chain, own)
+        for part in reached([value for module in own for value in held_by(module)], own):
+            if isinstance(part, Module):
+                self.objects.append(ref(part))
+                self.facts.append(part.training)
+            else:
+                self._add(part)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):
@@ -59,12 +72,12 @@ class Snapshot:
 
     __hash__ = None  # type: ignore[assignment]  # compared, never looked up
 
-    def _visit(self, module: Module) -> None:
+    def _visit(self, module: Module, own: list[Module]) -> None:
+        own.append(module)
         self.facts.append(module.training)
-        # Plain attributes too: replicas of a module hold their parameters that way.
-        for store in (module._parameters, module._buffers, module.__dict__):
+        for store in (module._parameters, module._buffers):
             for value in store.values():
-                if isinstance(value, Tensor):
+                if value is not None:
                     self._add(value)
         if not module.__dict__.get("is_tensor", True):
             names = [f"original{i}" for i in range(module.ntensors)]  # type: ignore[arg-type]
@@ -72,9 +85,9 @@ class Snapshot:
         # Past the attribute, for which a tracer gives proxies, other ones each time.
         for name, child in module.__dict__["_modules"].items():
             if child is not None:
-                self.objects.append(child)
+                self.objects.append(ref(child))
                 self.facts.append(name)
-                self._visit(child)
+                self._visit(child, own)
 
     def _add(self, tensor: Tensor) -> None:
         version = _version(tensor)

@@ -2,49 +2,87 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import Parameter
 
 from fxparam import graph
-from fxparam._private import FakeTensorMode, tree_map
+from fxparam._private import FakeTensorMode, inside_functorch, storage_identity, tree_map
+from fxparam._undo import attributes_kept
 from fxparam.graph import HoistResult
 
 __all__ = ["hoist"]
+
+_log = logging.getLogger("fxparam")
 
 
 class _FakeRun(Interpreter):
     """Runs a graph on fake tensors and leaves them in the nodes' metadata.
 
-    Not ``FakeTensorProp``, which runs on the real tensors that the graph module holds.
+    Not ``FakeTensorProp``, which runs on the real tensors that the graph module holds. What cannot
+    be run on fakes (it reads data, is a function that does not take them) is left out, with all
+    that depends on it: those nodes get no metadata, and the passes assume the worst of them.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._unknown: set[Node] = set()
+        for node in gm.graph.nodes:
+            node.meta.pop("val", None)  # of other fakes
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]
         before = torch.is_grad_enabled()
         try:
             fakes = tree_map(self._fake, args)
-            with self._mode:
+            # Modules are run too, and may keep what they have computed.
+            with attributes_kept(self.module), self._mode:
                 return super().run(*fakes)
         finally:
             torch.set_grad_enabled(before)
 
     def _fake(self, value: Any) -> Any:
-        return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", None) is self._mode:
+            return value
+        return self._mode.from_tensor(value)
 
     def fetch_attr(self, target: str) -> Any:
         return self._fake(super().fetch_attr(target))
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        if n.op in ("placeholder", "get_attr", "output"):
+            return self._seen(n)
+        if not self._unknown.isdisjoint(n.all_input_nodes):
+            self._unknown.add(n)
+            return None
+        try:
+            return self._seen(n)
+        except Exception as error:  # whatever fakes cannot do
+            _log.info("hoist: not run on fake tensors: %s: %s", n.format_node(), error)
+            # It may have changed its arguments' shapes before it raised.
+            self._unknown |= {n, *n.all_input_nodes}
+            return None
+
+    def _seen(self, node: Node) -> Any:
+        value = super().run_node(node)
         if value is not None:
-            n.meta["val"] = value
+            node.meta["val"] = tree_map(self._as_now, value)
         return value
+
+    def _as_now(self, value: Any) -> Any:
+        """An alias of a tensor, whose own shape and strides later nodes may change (``t_``)."""
+        if not isinstance(value, torch.Tensor) or storage_identity(value)[0] is None:
+            return value
+        if inside_functorch():  # where an alias is a wrapper
+            return value
+        value = self._fake(value)
+        if isinstance(value, Parameter):
+            return Parameter(value.detach(), requires_grad=value.requires_grad)
+        return value.detach().requires_grad_(value.requires_grad)
 
 
 def hoist(
@@ -60,7 +98,8 @@ def hoist(
         gm: a graph of any capture: Dynamo's, :func:`fxparam.symbolic_trace`'s, ``make_fx``'s, an
             ``ExportedProgram``'s ``graph_module``; changed in place.
         example_inputs: one for each placeholder. With them, fake tensors are run through the graph
-            first, and what each node does is seen. Without, it is read off the metadata that the
+            first, and what each node does is seen; of nodes that read data, and of those that
+            depend on them, the worst is assumed. Without, it is read off the metadata that the
             capture left (``meta["val"]``, ``meta["example_value"]``), and assumed to be the worst
             where there are none.
         grad_enabled: the grad mode in which the graph is called, None if not known.

@@ -18,6 +18,7 @@ from fxparam import _checks, _context, _originals, _transfer
 from fxparam._adopt import adopt
 from fxparam._classes import chain_of, chains_of, make_class, original_class
 from fxparam._list import ParametrizationList
+from fxparam._undo import unchanged_if_refused
 from fxparam.scopes import cached
 
 __all__ = [
@@ -62,6 +63,8 @@ def register_parametrization(
             dtype or shape; if ``right_inverse`` gives something else than tensors, or one tensor
             of another dtype or device; for a chain, if it gives another dtype or shape.
         TypeError: if ``module`` or ``parametrization`` is not a module.
+        RuntimeError: if the tensor is uninitialized (a lazy module), or ``module`` is one of
+            ``torch.jit``.
         KeyError: if the name is one that ``torch.nn.ModuleDict`` reserves, such as ``"keys"``.
 
         After an error, ``module`` and ``parametrization`` are as before.
@@ -84,18 +87,20 @@ def register_parametrization(
         True
     """
     _checks.check_modules(module=module, parametrization=parametrization)
-    with _checks.training_mode(parametrization, module.training):
-        if is_parametrized(module, tensor_name):
+    if is_parametrized(module, tensor_name):
+        chain: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+        with unchanged_if_refused(chain, parametrization):
+            parametrization.train(module.training)
             if not unsafe:
                 _checks.check_appended(getattr(module, tensor_name), parametrization, tensor_name)
-            chain: Any = module.parametrizations[tensor_name]  # type: ignore[index]
             chain.append(parametrization)
             chain.unsafe |= unsafe
-            return module
-        original = _checks.registrable(module, tensor_name)
-        cls = _class_with(module, tensor_name)
-        with _checks.unwritten(original):
-            chain = ParametrizationList([parametrization], original, unsafe=unsafe)
+        return module
+    original = _checks.registrable(module, tensor_name)
+    cls = _class_with(module, tensor_name)
+    with unchanged_if_refused(parametrization, tensor=original):
+        parametrization.train(module.training)
+        chain = ParametrizationList([parametrization], original, unsafe=unsafe)
     _install(module, tensor_name, chain, cls)
     return module
 
@@ -129,7 +134,8 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
             class it had.
         tensor_name: the parametrized tensor.
         leave_parametrized: True: the tensor keeps its present value (in the original tensor,
-            which keeps its identity, or in a new one if there were several originals). False: it
+            which keeps its identity, or in a new one if there were several originals: a parameter
+            if they are, whether or not they ask for a gradient and in every grad mode). False: it
             becomes the original tensor, unchanged.
 
     Returns:
@@ -154,13 +160,15 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
         Linear(in_features=2, out_features=2, bias=True)
     """
     _checks.check_modules(module=module)
-    chain = chain_of(module, tensor_name)
+    present: Any = chains_of(module) if is_parametrized(module) else None
+    chain = chain_of(module, tensor_name) if present else None
     if chain is None:
         raise ValueError(
             f"Module '{module}' does not have a parametrization on '{tensor_name}'\n"
-            f"parametrized: {sorted(chains_of(module) or ())}\nasked for: '{tensor_name}'"
+            f"parametrized: {sorted(present or ())}\nasked for: '{tensor_name}'"
         )
-    plain = _plain_tensor(module, tensor_name, chain, leave_parametrized)
+    with unchanged_if_refused(chain):
+        plain = _plain_tensor(module, tensor_name, chain, leave_parametrized)
     cls = _class_without(module, tensor_name)
     chains: Any = chains_of(module)
     del chains[tensor_name]
@@ -213,6 +221,7 @@ def transfer_parametrizations_and_params(
         KeyError: if ``tensor_name`` is not parametrized in ``from_module``.
         AttributeError: if neither module has it.
         ValueError: if the parametrizations change the dtype or shape of a tensor of ``to_module``.
+        RuntimeError: if ``to_module`` is lazy and not yet called, or one of ``torch.jit``.
 
         After an error, both modules are as before.
 
@@ -230,11 +239,14 @@ def transfer_parametrizations_and_params(
     _checks.check_modules(from_module=from_module, to_module=to_module)
     if not is_parametrized(from_module):
         return to_module
+    _checks.check_not_scripted(to_module)
     names = list(chains_of(from_module) or ()) if tensor_name is None else [tensor_name]
     with ExitStack() as undo:
         for name in names:
+            both = [chain_of(module, name) for module in (from_module, to_module)]
+            undo.enter_context(unchanged_if_refused(*filter(None, both)))
             for step in chain_of(from_module, name) or ():
-                undo.enter_context(_checks.training_mode(step, to_module.training))
+                step.train(to_module.training)
         chains = {n: _transfer.transferred(from_module, to_module, n) for n in names}
     for name, chain in chains.items():
         present = chain_of(to_module, name)

@@ -67,9 +67,9 @@ def cached() -> Iterator[None]:
 
     The first access evaluates; later ones get the same tensor object. A value is handed out again
     only while a new evaluation would give the same: for the same original tensors (by identity),
-    none of them and no buffer of the parametrizations written since, the value itself not written
-    either, the parametrizations in the same training mode, and under the same grad, inference and
-    autocast modes, default dtype and device. Otherwise the tensor is evaluated anew.
+    none of them and no tensor that the parametrizations hold written since, the value itself not
+    written either, the parametrizations in the same training mode, and under the same grad,
+    inference and autocast modes, default dtype and device. Otherwise the tensor is evaluated anew.
     Parametrizations with effects (a power iteration, a random mask) thus have them once a region.
 
     A region belongs to one thread of execution: other threads neither see its values nor clear
@@ -86,11 +86,12 @@ def cached() -> Iterator[None]:
     Note:
         What torch keeps no count of is not noticed: writes through ``tensor.data``, NumPy or
         DLPack, by fused optimizers (``fused=True``), and by batch norm to its running statistics;
-        and changes of a parametrization's Python attributes, hooks and ``forward``. (Code compiled
-        by fxparam's backend does notice, in its graph, writes through ``tensor.data`` and whatever
-        makes an evaluation another computation. There a parametrization that changes numbers or
-        flags among its own attributes leaves the graph; what it appends to a list it appends at
-        each access.)
+        nor are changes of a parametrization's Python attributes, hooks and ``forward``, and writes
+        to tensors that it finds by a global name or in an object other than containers, modules and
+        functions. (Code compiled by fxparam's backend does notice, in its graph, writes through
+        ``tensor.data`` and whatever makes an evaluation another computation. There a
+        parametrization that changes numbers or flags among its own attributes leaves the graph;
+        what it appends to a list it appends at each access.)
         Inference tensors have no version counter: originals that are inference tensors are
         evaluated at each access, and a value read in inference mode must not be written in place.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.utils.parametrize as torch_parametrize
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from torch.testing import assert_close
 
@@ -294,3 +296,89 @@ def test_a_nested_original() -> None:
         with torch.no_grad():
             chain.parametrizations.original.original.zero_()
         assert torch.equal(layer.weight, torch.zeros(3, 3))
+
+
+# --- tensors that are neither parameters, buffers nor plain attributes ---------------------------
+
+
+def by_closure(table: Tensor) -> Any:
+    return lambda x: x * table
+
+
+def by_default(table: Tensor) -> Any:
+    def forward(x: Tensor, by: Tensor = table) -> Tensor:
+        return x * by
+
+    return forward
+
+
+def by_class(table: Tensor) -> Any:
+    class Multiplies(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.by()
+
+        def by(self) -> Tensor:
+            return table
+
+    return Multiplies()
+
+
+class _Holds(nn.Module):
+    """Multiplies by a tensor that it finds in what it was given."""
+
+    def __init__(self, held: Any, find: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.held, self.find = held, find
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.find(self.held)
+
+
+def by_module(table: Tensor) -> Any:
+    other = nn.Sequential(zoo.WithBuffer(table))
+    return _Holds((other,), lambda held: held[0][0].table)
+
+
+def by_cycle(table: Tensor) -> Any:
+    cycle: list[Any] = [{"t": (table,)}]
+    cycle.append(cycle)
+    return _Holds(cycle, lambda held: held[1][1][0]["t"][0])
+
+
+def by_method(table: Tensor) -> Any:
+    other = zoo.WithBuffer(table)
+    other.multiply = functools.partial(torch.mul, table)
+    return _Holds([other.named_buffers, {1: other.multiply}], lambda held: held[1][1](1.0))
+
+
+HOLDERS = [by_closure, by_default, by_class, by_module, by_cycle, by_method]
+
+
+@pytest.mark.parametrize("make", HOLDERS, ids=lambda f: f.__name__)
+def test_a_write_to_a_tensor_held_elsewhere_is_seen(make: Callable[[Tensor], Any]) -> None:
+    table = torch.ones(3, 3)
+    part = make(table)
+    part = part if isinstance(part, nn.Module) else zoo.Counted(part)
+    layer = zoo.linear()
+    ours.register_parametrization(layer, "weight", part)
+    with ours.cached():
+        before = layer.weight
+        assert layer.weight is before
+        table.mul_(2)
+        after = layer.weight
+        assert torch.equal(after, zoo.fresh(layer)) and not torch.equal(after, before)
+        assert layer.weight is after
+
+
+def test_a_part_that_knows_its_layer_does_not_keep_it_alive() -> None:
+    layer = zoo.linear()
+    ours.register_parametrization(layer, "weight", _Holds([layer], lambda held: held[0].bias))
+    gone = weakref.ref(layer)
+    with ours.cached():
+        assert layer.weight is layer.weight
+        with torch.no_grad():
+            layer.bias.mul_(2)
+        assert torch.equal(layer.weight, zoo.fresh(layer))
+        del layer
+        gc.collect()
+        assert gone() is None

@@ -271,3 +271,27 @@ def test_a_refused_parametrization_that_wrote_its_input(kind: type[nn.Module]) -
         ours.register_parametrization(layer, "weight", kind())
     assert layer.weight is weight
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("call", ["transfer", "remove"])
+def test_a_refused_call_evaluates_without_a_trace(call: str) -> None:
+    source, target = zoo.linear(), nn.Linear(2, 2)
+    ours.register_parametrization(source, "weight", zoo.Steps())
+    ours.register_parametrization(source, "weight", zoo.maps(lambda x: x[:1].double()), unsafe=True)
+    before = zoo.everything(source, target)
+    with pytest.raises((RuntimeError, ValueError)):
+        if call == "remove":
+            ours.remove_parametrizations(source, "weight")
+        else:
+            ours.transfer_parametrizations_and_params(source, target)
+    assert zoo.everything(source, target) == before
+
+
+def test_removal_of_several_leaves_a_parameter() -> None:
+    """A frozen layer keeps its parameter, and so does one that is read without gradients."""
+    for frozen, grad in ((True, True), (False, False)):
+        layer = zoo.linear().requires_grad_(not frozen)
+        ours.register_parametrization(layer, "weight", zoo.Sum())
+        with torch.set_grad_enabled(grad):
+            ours.remove_parametrizations(layer, "weight")
+        assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad is not frozen

@@ -177,3 +177,51 @@ def test_torch_changes_the_tensor_before_it_refuses() -> None:
         with pytest.raises(ZeroDivisionError):
             api.register_parametrization(layer, "weight", zoo.maps(zoo.fails, lambda y: y / 2))
         assert torch.equal(layer.weight.detach(), value) is kept
+
+
+class _Untidy(nn.Module):
+    """Leaves a trace in all that it reaches, and changes the shape."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.results: list[torch.Tensor] = []
+        self.exchanged = torch.ones(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x[:1] * self.scale
+        self.results.append(self.last)
+        self.count = self.count.add_(1) * 2
+        self.exchanged.data = torch.zeros(3)
+        with torch.no_grad():
+            self.scale.add_(1)
+            x.zero_()
+        return self.last
+
+
+@pytest.mark.parametrize("before", [(), (zoo.Identity,), (zoo.Steps, zoo.Identity)])
+def test_a_refused_parametrization_leaves_no_trace(before: tuple[type[nn.Module], ...]) -> None:
+    layer, untidy = zoo.linear(), _Untidy()
+    for kind in before:
+        ours.register_parametrization(layer, "weight", kind())
+    state = [zoo.everything(layer, untidy), untidy.exchanged.tolist(), untidy.results[:]]
+    with pytest.raises(ValueError, match="shape"):
+        ours.register_parametrization(layer, "weight", untidy)
+    assert state == [zoo.everything(layer, untidy), untidy.exchanged.tolist(), untidy.results]
+
+
+@pytest.mark.parametrize("kind", ["lazy", "scripted"])
+def test_modules_whose_tensors_cannot_be_parametrized(kind: str) -> None:
+    for api in (ours, torch_parametrize):
+        module = nn.LazyLinear(3) if kind == "lazy" else torch.jit.script(zoo.linear())
+        before = str(module.state_dict())
+        with pytest.raises(RuntimeError) as caught:
+            api.register_parametrization(module, "weight", zoo.Double())
+        with pytest.raises(ValueError, match="does not have a parametrization"):
+            api.remove_parametrizations(module, "weight")
+        if api is ours:
+            assert "required:" in str(caught.value)
+            assert str(module.state_dict()) == before
