@@ -9,24 +9,24 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from fxparam._grad_mode import restore_grad_mode
+from fxparam._grad_mode import switch_grad_mode
+from fxparam._inplace import keep_old_numbers
 from fxparam._private import (
     dynamo_export,
     rename,
-    storage_identity,
     tree_flatten_with_path,
     tree_map,
     tree_unflatten,
 )
-from fxparam.graph.nodes import value_of
+from fxparam._rebound import State, write_rebound
+from fxparam.graph.nodes import meta_with, value_of
 
 __all__ = ["capture"]
 
@@ -42,12 +42,18 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
     Raises:
         torch._dynamo.exc.Unsupported: the model cannot be captured as one graph.
     """
-    args = _distinct(tuple(example_inputs))
-    with _unchanged(root) as rebound:
-        gm: GraphModule = dynamo_export(root, args)
+    args, state = _distinct(tuple(example_inputs), root), State(root)
+    tensors, enabled = state.tensors, torch.is_grad_enabled()
+    gm, rebound = _export(root, args, state, enabled)
+    call = root
     if rebound:
-        with _unchanged(root):
-            gm = dynamo_export(_returning(root, rebound), args)
+        call = _returning(root, rebound)
+        gm, _ = _export(call, args, state, enabled)
+    try:
+        opposite = _export(call, args, state, not enabled)[0].graph
+    except Exception:  # the model may work in one mode alone
+        opposite = None
+    switch_grad_mode(gm.graph, opposite, enabled)
     names = _names(root)
     for node in gm.graph.find_nodes(op="get_attr"):
         value = getattr(gm, str(node.target), None)
@@ -55,9 +61,20 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
             node.target = names.get(id(value), node.target)
     gm.graph = _with_signature(gm, root, args, tracer_cls)
     if rebound:
-        _write_rebound(gm.graph, rebound)
-    restore_grad_mode(gm.graph, torch.is_grad_enabled())
+        _write_rebound(gm.graph, rebound, tensors)
+    keep_old_numbers(gm.graph)
     return gm
+
+
+def _export(
+    call: Any, args: tuple[Any, ...], state: State, grad_enabled: bool
+) -> tuple[GraphModule, list[str]]:
+    """A call as a graph, and the names of the buffers that it rebinds; the model is unchanged."""
+    try:
+        with torch.set_grad_enabled(grad_enabled):  # the call may leave another
+            return dynamo_export(call, args), list(state.rebound())
+    finally:
+        state.restore()
 
 
 def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cls: type) -> Graph:
@@ -112,9 +129,12 @@ def _part(graph: Graph, node: Node, path: Sequence[Any]) -> Node:
     return node
 
 
-def _distinct(args: Any) -> Any:
-    """Dynamo takes two arguments that are one tensor for one argument, in later calls as well."""
-    seen: set[int] = set()
+def _distinct(args: Any, root: Any) -> Any:
+    """Dynamo takes two tensors that are one for one, in later calls as well.
+
+    So are two arguments, or an argument and a tensor of the model.
+    """
+    seen = {id(tensor) for tensor in _tensors_of(root)}
 
     def once(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
@@ -125,20 +145,17 @@ def _distinct(args: Any) -> Any:
     return tree_map(once, args)
 
 
-@contextmanager
-def _unchanged(root: Any) -> Iterator[list[str]]:
-    """Put back the buffers that tracing rebinds; gives their names."""
-    modules = dict(root.named_modules()) if isinstance(root, Module) else {}
-    before = {path: dict(module._buffers) for path, module in modules.items()}
-    rebound: list[str] = []
-    try:
-        yield rebound
-    finally:
-        for path, originals in before.items():
-            buffers = modules[path]._buffers
-            prefix = f"{path}." if path else ""
-            rebound += [prefix + k for k, v in originals.items() if buffers.get(k) is not v]
-            buffers.update(originals)
+def _tensors_of(root: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a model, or those that a function reads and the models it calls hold."""
+    held: list[Any] = [root]
+    if inspect.isfunction(root):
+        read = inspect.getclosurevars(root)
+        held = [*read.nonlocals.values(), *read.globals.values()]
+    for value in held:
+        state = State(value)
+        yield from (*state.tensors.values(), *state.plain_tensors)
+        if isinstance(value, torch.Tensor):
+            yield value
 
 
 def _returning(root: Module, names: Sequence[str]) -> Callable[..., Any]:
@@ -157,18 +174,19 @@ def _returning(root: Module, names: Sequence[str]) -> Callable[..., Any]:
     return call
 
 
-def _write_rebound(graph: Graph, names: Sequence[str]) -> None:
+def _write_rebound(graph: Graph, names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what the graph returns for buffers to the buffers, and return the rest."""
     output = next(reversed(graph.nodes))
     outputs, values = output.args[0]
     output.args = (outputs,)
-    for name, value in zip(names, values, strict=True):
-        read = next(n for n in graph.find_nodes(op="get_attr") if n.target == name)
-        if storage_identity(value_of(read))[1] == storage_identity(value_of(value))[1]:
-            continue  # out=self.buffer
-        with graph.inserting_before(output):
-            new = graph.call_method("detach", (value,))
-            graph.call_method("copy_", (read, new))
+    write_rebound(graph, tensors, dict(zip(names, values, strict=True)), _describe_copy)
+
+
+def _describe_copy(node: Node) -> None:
+    """The metadata of a copy; of a buffer that the captured code does not read there are none."""
+    for read in node.all_input_nodes:
+        if value_of(read) is not None:
+            node.meta = meta_with(read, value_of(read).clone())
 
 
 def _names(root: Module) -> dict[int, str]:

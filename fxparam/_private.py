@@ -30,17 +30,21 @@ __all__ = [
     "active_modes",
     "allow_scalar_outputs",
     "annotate",
+    "assert_tensor_metadata",
     "behind_proxy",
     "clear_trace_marks",
     "builtin_name",
+    "call_with_hooks",
     "dynamo_export",
     "functorch_level",
+    "grad_mode_namespace",
     "inductor_with",
     "inside_functorch",
     "is_composite",
     "is_in_traced_generator",
     "is_opaque_reference",
     "is_parameter_or_buffer",
+    "is_view_of_another",
     "is_wrapper_subclass",
     "keep_saved_tensors",
     "rename",
@@ -92,6 +96,10 @@ tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
 annotate: Any = _lookup("torch.fx.traceback", "annotate")
 # The node by which graphs switch the grad mode, whoever captured them.
 set_grad_enabled: Any = _lookup("torch._C", "_set_grad_enabled")
+# Where the contexts of the grad mode look that up.
+grad_mode_namespace: Any = _lookup("torch", "_C")
+# A node that raises where a tensor has another shape or dtype than it names.
+assert_tensor_metadata: Any = _lookup("torch", "ops").aten._assert_tensor_metadata.default
 _inductor_wrapper = _lookup("torch", "_TorchCompileInductorWrapper")
 _find_builtin = _lookup("torch.jit._builtins", "_find_builtin")
 _operator_schemas = _lookup("torch._C", "_jit_get_schemas_for_operator")
@@ -146,6 +154,16 @@ def functorch_level(tensor: torch.Tensor) -> int:
 def is_wrapper_subclass(tensor: object) -> bool:
     """Whether ``tensor`` is of a subclass that holds other tensors (``__tensor_flatten__``)."""
     return bool(_is_wrapper_subclass(tensor))
+
+
+def is_view_of_another(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows ``tensor`` as a view, which ``detach_`` refuses."""
+    return tensor._is_view()
+
+
+def call_with_hooks(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+    """What a call of a module does, which a tracer that replaces ``__call__`` does not see."""
+    return module._call_impl(*args)  # type: ignore[no-untyped-call]
 
 
 def storage_identity(tensor: Any) -> tuple[object, object]:

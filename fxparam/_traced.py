@@ -12,6 +12,8 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 from torch.nn import Module
 
+from fxparam._retrace import Retracer
+
 __all__ = ["Blocks", "TracedModule", "skeleton"]
 
 
@@ -30,6 +32,11 @@ class TracedModule(GraphModule):
                 self.__dict__[held] = {**theirs, **added}
             # Constants of the code are no part of the state.
             self._non_persistent_buffers_set = root._non_persistent_buffers_set | constants
+            if _EXTRA in vars(root):
+                self.__dict__[_EXTRA] = vars(root)[_EXTRA]
+                kind: Any = type(self)  # torch.fx makes one for each instance
+                kind.get_extra_state = _Stateful.get_extra_state
+                kind.set_extra_state = _Stateful.set_extra_state
 
     def _deepcopy_init(self) -> Callable[..., None]:
         return TracedModule.__init__
@@ -39,10 +46,34 @@ class TracedModule(GraphModule):
 
 
 def _rebuild(function: Callable[..., GraphModule], arguments: tuple[Any, ...]) -> TracedModule:
-    traced = function(*arguments)
+    body = arguments[0]
+    tracer = body.get("_tracer_cls")
+    traced = function({**body, "_tracer_cls": Retracer}, *arguments[1:])
+    traced.graph._tracer_cls = tracer
     held = Module()
-    held.__dict__ = dict(arguments[0])
+    held.__dict__ = dict(body)
     return TracedModule(held, traced.graph, held.__dict__.get("_graphmodule_cls_name", ""))
+
+
+_EXTRA = "_extra_state"
+
+
+class _Stateful(Module):
+    """Holds the extra state that a module had, so that state dicts fit both."""
+
+    def get_extra_state(self) -> Any:
+        return self.__dict__[_EXTRA]
+
+    def set_extra_state(self, state: Any) -> None:
+        self.__dict__[_EXTRA] = state
+
+
+def _bare(module: Module) -> Module:
+    if type(module).get_extra_state is Module.get_extra_state:
+        return Module()
+    bare = _Stateful()
+    bare.set_extra_state(module.get_extra_state())
+    return bare
 
 
 def skeleton(root: Module, whole: Sequence[str] = ()) -> Module:
@@ -59,7 +90,7 @@ def skeleton(root: Module, whole: Sequence[str] = ()) -> Module:
         if module in kept:
             return module
         if module not in made:
-            bare = made[module] = Module()
+            bare = made[module] = _bare(module)
             bare.training = module.training
             bare._parameters = dict(module._parameters)
             bare._buffers = dict(module._buffers)
