@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,37 +18,36 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
     OutputSpec,
     TensorArgument,
 )
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
+from fxparam._grad_blocks import pull_evaluations, readers
+from fxparam._parts import IN_A_BODY, evaluated_tensor, refusal, values_of
+from fxparam._private import rename
 from fxparam.graph import hoist
 from fxparam.graph.bodies import call_of
 from fxparam.graph.derived import PARAMETER
-from fxparam.graph.effects import EffectTable, analyze
-from fxparam.graph.evaluations import owner
+from fxparam.graph.evaluations import modules_around
 from fxparam.graph.identities import drop_identities
-from fxparam.graph.legality import Rule, has_effects
-from fxparam.graph.nodes import body_of, is_view, value_of
-from fxparam.graph.prologue import prologue_of, subgraph
-from fxparam.graph.schemas import writes_nothing
+from fxparam.graph.nodes import ancestors
+from fxparam.graph.prologue import subgraph
 
 __all__ = ["fold"]
 
-# ``cell.parametrizations.weight.original0``, or a buffer of a parametrization.
-_ORIGINAL = re.compile(r"(.+\.)??parametrizations\.([^.]+)\..+")
-_IN_A_BODY = "the body of a loop or branch evaluates it, or reads an original of it"
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
 def fold(program: ExportedProgram) -> ExportedProgram:
     """Evaluate the parametrizations of an exported program, now and for good.
 
     The new program holds the values as plain tensors under the names of the parametrized tensors
-    (``cell.weight``), and no trace of how they were computed. It gives the same outputs; training
-    it does not train the originals.
+    (``cell.weight``), and no trace of how they were computed. It gives the same outputs; values ask
+    for a gradient where an original does, but training them does not train the originals.
 
     Args:
         program: from :func:`torch.export.export` or :func:`fxparam.export`, decomposed or not;
@@ -60,10 +58,11 @@ def fold(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         ValueError: a parametrization draws random numbers, writes (spectral norm in training
-            does), depends on the program's inputs, or stays in a body that may not run, or that
-            reads an original of it; the message names the tensor. Decomposed solvers
-            (``orthogonal`` by Cayley's map) check for singular matrices, which counts as an
-            effect: fold before decomposing.
+            does), depends on the program's inputs or on what the program writes, or stays in a
+            body that may not run, or that reads an original of it; the message names the tensor.
+            Decomposed solvers (``orthogonal`` by Cayley's map) check for singular matrices, which
+            counts as an effect, and what was a ``no_grad`` block before decomposing does not say
+            what evaluates in it: fold first.
 
     Example:
         >>> import torch
@@ -75,37 +74,51 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         >>> [node.name for node in program.graph.nodes]
         ['p_bias', 'p_weight', 'input', 'linear', 'output']
     """
-    gm: GraphModule = copy.deepcopy(program.graph_module)
     signature = program.graph_signature
-    for old, new in zip(program.graph.nodes, gm.graph.nodes, strict=True):
-        if new.name != old.name:
-            new.name = old.name  # a copy renames `input`, which is a built-in name
-    _inline_grad_mode_blocks(gm)
+    gm = _copy_of(program.graph_module)
     specs = dict(zip(gm.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
     for node, spec in specs.items():
         if spec.kind in _HELD:
             node.meta[PARAMETER] = spec.target
+    pull_evaluations(gm)
     drop_identities(gm)
     hoist(gm)
-    values, parts = _values(gm, signature.buffers_to_mutate)
+    outputs = signature.output_specs
+    mutations = {s.arg.name: str(s.target) for s in outputs if s.kind in _MUTATIONS}
+    values, parts, returned = values_of(gm, mutations)
     held: dict[str, Any] = {**program.state_dict, **program.constants}
     state = dict(program.state_dict)
+    computed = ancestors(values) | set(parts)
+    for node in returned:
+        _copy_for_readers(gm, node, parts)
     for node, tensor in _evaluate(gm, list(values), specs, held).items():
         _put_in_place(gm, specs, state, node, values[node], tensor)
-    gone = _drop_originals(gm, specs, parts)
+    _name_unchanged(gm, specs, state)
+    _drop_originals(gm, specs, computed, set(mutations.values()))
     _refuse_originals_of_bodies(gm, specs)
     inputs = [specs[node] for node in gm.graph.find_nodes(op="placeholder")]
+    read = {spec.target for spec in inputs}
+    gone = {name for name in held if evaluated_tensor(name) is not None and name not in read}
     return ExportedProgram(
         root=gm,
         graph=gm.graph,
         graph_signature=ExportGraphSignature(inputs, _outputs(gm, signature)),
         state_dict={k: v for k, v in state.items() if k not in gone},
         range_constraints=program.range_constraints,
-        module_call_graph=_without(program.module_call_graph, set(values.values()), inputs),
+        module_call_graph=_without(program.module_call_graph, gone, inputs),
         example_inputs=program.example_inputs,
         constants={k: v for k, v in program.constants.items() if k not in gone},
         verifiers=program.verifiers,
     )
+
+
+def _copy_of(module: GraphModule) -> GraphModule:
+    """A copy whose nodes have the same names."""
+    gm: GraphModule = copy.deepcopy(module)
+    for old, new in zip(module.graph.nodes, gm.graph.nodes, strict=True):
+        if new.name != old.name:
+            new.name = old.name  # a copy renames `input`, which is a built-in name
+    return gm
 
 
 def _outputs(gm: GraphModule, signature: ExportGraphSignature) -> list[OutputSpec]:
@@ -120,11 +133,12 @@ def _outputs(gm: GraphModule, signature: ExportGraphSignature) -> list[OutputSpe
 
 
 def _without(
-    entries: list[ModuleCallEntry], names: set[str], inputs: list[InputSpec]
+    entries: list[ModuleCallEntry], gone: set[str], inputs: list[InputSpec]
 ) -> list[ModuleCallEntry]:
     """The entries of modules, but for those of the parametrizations that are gone."""
-    lists = tuple(_around(name).rpartition("parametrizations.")[0] for name in names)
-    prefixes = tuple(f"{path}parametrizations." for path in lists)
+    prefixes = tuple(
+        {re.sub(r"(?<![^.])parametrizations\..*", r"parametrizations.", n) for n in gone}
+    )
     held = [spec.target for spec in inputs if spec.target is not None]
     return [
         entry
@@ -134,123 +148,13 @@ def _without(
     ]
 
 
-def _inline_grad_mode_blocks(gm: GraphModule) -> None:
-    """Put the bodies of ``no_grad`` blocks that read parametrized tensors into the graph.
-
-    The program is for inference, in which the grad mode changes no value.
-    """
-    for node in list(gm.graph.nodes):
-        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
-            continue
-        body = body_of(gm, node.args[1])
-        assert body is not None
-        copies: dict[Node, Any] = dict(
-            zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True)
-        )
-        with gm.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "get_attr":  # a body in the body
-                    name = f"{node.args[1].target}_{inner.target}"
-                    gm.add_submodule(name, body.get_submodule(str(inner.target)))
-                    copies[inner] = gm.graph.get_attr(name)
-                elif inner.op == "call_function":
-                    copies[inner] = gm.graph.node_copy(inner, copies.__getitem__)
-        returned = next(reversed(body.graph.nodes)).args[0]
-        for user in list(node.users):
-            user.replace_all_uses_with(copies[returned[user.args[1]]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-
-
 def _refuse_originals_of_bodies(gm: GraphModule, specs: dict[Node, InputSpec]) -> None:
-    """Raise if a body still reads an original: non-strict export says of no node in it whether it
-    evaluates."""
+    """Raise if the body of a loop or branch still reads an original: non-strict export says of no
+    node in it whether it evaluates."""
     for node, spec in specs.items():
-        original = _ORIGINAL.fullmatch(str(spec.target))
-        if original is not None and any(call_of(gm, user) for user in node.users):
-            raise _refusal((original[1] or "") + original[2], _IN_A_BODY)
-
-
-def _values(gm: GraphModule, written: Mapping[str, str]) -> tuple[dict[Node, str], dict[Node, str]]:
-    """The nodes whose values the rest of the graph reads, with the tensors' names; and all nodes
-    of evaluations.
-
-    Raises:
-        ValueError: one of them cannot be evaluated beforehand.
-    """
-    table = analyze(gm)
-    first = set(prologue_of(gm, lasting=True, returned=True))
-    parts = _parts(gm, first)
-    effects = {parts.get(n): rule for n in gm.graph.nodes if (rule := has_effects(table, n))}
-    for node, name in parts.items():
-        if node.name in written:  # decomposed: what a buffer becomes is an output
-            raise _refusal(name, Rule.WRITES.value)
-        if node not in first and not _says_nothing(node):
-            raise _refusal(name, effects[name].value if name in effects else _why(table, node))
-    found = {
-        node: name
-        for node, name in parts.items()
-        if any(parts.get(user) != name for user in node.users)
-    }
-    for body in gm.modules():
-        if isinstance(body, GraphModule) and body is not gm:
-            for node in body.graph.nodes:
-                site = owner(node)
-                if site is not None and site[1] not in found.values():
-                    raise _refusal(site[1], _IN_A_BODY)
-    return found, parts
-
-
-def _parts(gm: GraphModule, first: set[Node]) -> dict[Node, str]:
-    """The nodes of evaluations, with the names of the parametrized tensors.
-
-    What was moved out of a loop's body has lost its module stack (non-strict export keeps none in
-    bodies). It is known by the originals that it is computed from.
-    """
-    parts: dict[Node, str] = {}
-    sources: dict[Node, str] = {}
-    for node in gm.graph.nodes:
-        site = owner(node)
-        if node.op == "placeholder":
-            original = _ORIGINAL.fullmatch(str(node.meta.get(PARAMETER)))
-            if original is not None:
-                sources[node] = (original[1] or "") + original[2]
-        elif node.op in ("call_function", "call_method"):
-            if site is not None:
-                parts[node] = site[1]
-            elif node in first:
-                names = {sources[n] for n in node.all_input_nodes if n in sources}
-                if len(names) == 1:
-                    sources[node] = parts[node] = names.pop()
-    for node in reversed(list(parts)):
-        # A transpose, say, is how the value is used.
-        if owner(node) is None and is_view(node) and any(u not in parts for u in node.users):
-            del parts[node]
-    return parts
-
-
-def _says_nothing(node: Node) -> bool:
-    """A constant that nobody reads, or an assertion on the way to a value."""
-    return not node.users and (value_of(node) is not None or writes_nothing(node))
-
-
-def _why(table: EffectTable, node: Node) -> str:
-    effects = table.of[node]
-    if table.written(effects.reads):
-        return Rule.ORIGINAL_WRITTEN.value
-    if table.written(effects.storages):
-        return Rule.VALUE_WRITTEN.value
-    return "the evaluation depends on the inputs of the program"
-
-
-def _refusal(name: str, why: str) -> ValueError:
-    way_out = "Export the model in eval() mode" if why != _IN_A_BODY else "Read it in front of that"
-    return ValueError(
-        f"fold evaluates {name} once and for all, which would change the program.\n"
-        "required: parametrizations that write nothing, draw no random numbers and depend on "
-        f"parameters and buffers alone\nfound: {name}: {why}\n"
-        f"{way_out}, or export without fold."
-    )
+        tensor = evaluated_tensor(spec.target)
+        if tensor is not None and any(call_of(*each) for each in readers(gm, node)):
+            raise refusal(tensor, IN_A_BODY)
 
 
 def _evaluate(
@@ -275,25 +179,62 @@ def _put_in_place(
     _, read = subgraph(gm.graph, [node])
     kinds = [specs[n].kind for n in read]
     kind = InputKind.PARAMETER if InputKind.PARAMETER in kinds else InputKind.BUFFER
+    inputs = {spec.target: n for n, spec in specs.items()}
     target, number = name, 0
     while target in state:
-        if _is_same(state[target], tensor):
-            twin = next(n for n, spec in specs.items() if spec.target == target)
-            node.replace_all_uses_with(twin)
+        if target in inputs and _is_same(state[target], tensor):
+            node.replace_all_uses_with(inputs[target])
             return
         number += 1
         target = f"{name}_{number}"
     anchor = next((n for n in read if specs[n].kind is kind), next(iter(gm.graph.nodes)))
     with gm.graph.inserting_before(anchor):
-        prefix = "p" if kind is InputKind.PARAMETER else "b"
-        placed = gm.graph.placeholder(f"{prefix}_{target.replace('.', '_')}")
+        placed = gm.graph.placeholder(_input_name(kind, target))
     value = node.meta["val"]
     placed.meta = {"val": value.fake_mode.from_tensor(tensor, static_shapes=True)}
     node.replace_all_uses_with(placed)
+    trains = any(getattr(state.get(str(specs[n].target)), "requires_grad", False) for n in read)
     persistent = True if kind is InputKind.BUFFER else None
     specs[placed] = InputSpec(kind, TensorArgument(placed.name), target, persistent)
-    trains = tensor.is_floating_point() or tensor.is_complex()
     state[target] = Parameter(tensor, trains) if kind is InputKind.PARAMETER else tensor
+
+
+def _input_name(kind: InputKind, target: str) -> str:
+    return f"{'p' if kind is InputKind.PARAMETER else 'b'}_{target.replace('.', '_')}"
+
+
+def _copy_for_readers(gm: GraphModule, node: Node, parts: dict[Node, str]) -> None:
+    """Let what reads a value read a copy of it: the caller may write to what is returned."""
+    with gm.graph.inserting_after(node):
+        copied = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
+    copied.meta = {"val": node.meta["val"]}
+    if modules := modules_around(node):
+        copied.meta["nn_module_stack"] = modules
+    node.replace_all_uses_with(copied, lambda user: user is not copied and user not in parts)
+
+
+def _name_unchanged(gm: GraphModule, specs: dict[Node, InputSpec], state: dict[str, Any]) -> None:
+    """Give an original that is the value itself, as nothing is computed from it, its tensor's name.
+
+    Identities and dropout in ``eval()`` leave no node. That the module of the tensor reads the
+    original says that it is the value.
+    """
+    for node, spec in specs.items():
+        name = evaluated_tensor(spec.target)
+        if name is None or name in state or spec.target not in state:
+            continue
+        module = name.rpartition(".")[0]
+        alone = str(spec.target).endswith(".original")
+        if alone and any(_innermost_module(user) == module for _, user in readers(gm, node)):
+            rename(node, _input_name(spec.kind, name))
+            node.target = node.name
+            specs[node] = replace(spec, arg=TensorArgument(node.name), target=name)
+            state[name] = state.pop(str(spec.target))
+
+
+def _innermost_module(node: Node) -> str | None:
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else None
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -305,32 +246,22 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _around(name: str) -> str:
-    """Prefix of the names of what a tensor is computed from and by."""
-    path, _, tensor = name.rpartition(".")
-    return f"{path}.parametrizations.{tensor}." if path else f"parametrizations.{tensor}."
-
-
 def _drop_originals(
-    gm: GraphModule, specs: dict[Node, InputSpec], parts: dict[Node, str]
-) -> set[str]:
-    """Erase the evaluations and the inputs that they alone read; the names of those inputs."""
+    gm: GraphModule, specs: dict[Node, InputSpec], computed: set[Node], changed: set[str]
+) -> None:
+    """Erase the evaluations, and the originals that nothing reads."""
     for node in reversed(list(gm.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node in parts):
+        if not node.users and (node.op == "get_attr" or node in computed) and node not in specs:
             gm.graph.erase_node(node)
-    names = set(parts.values())
-    gone: set[str] = set()
     for node in list(specs):
         target = specs[node].target
-        if target is None or node.users or not any(map(target.startswith, map(_around, names))):
-            continue
-        gone.add(target)
-        gm.graph.erase_node(node)
-        del specs[node]
+        original = evaluated_tensor(target) is not None and target not in changed
+        if original and not node.users and specs[node].kind in _HELD:
+            gm.graph.erase_node(node)
+            del specs[node]
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     for name, _ in list(gm.named_children()):
         if name not in read:
             delattr(gm, name)
     gm.graph.lint()
     gm.recompile()
-    return gone

@@ -15,10 +15,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxparam import _context
 from fxparam._adopt import adopt
+from fxparam._attributes import Attributes
 from fxparam._fold import fold
 from fxparam.graph import analyze, hoist
 from fxparam.graph.derived import PARAMETER
 from fxparam.graph.evaluations import owner
+from fxparam.graph.frames import call_from_root
 from fxparam.graph.identities import drop_identities
 from fxparam.graph.legality import has_effects
 from fxparam.graph.naming import label
@@ -86,12 +88,12 @@ def _captured(model: Any, args: Any, kwargs: Any, *, strict: bool, **options: An
 
     with _outside_regions():
         if not strict and _has_parametrizations(model):
-            with _adopted(model), cached():
+            with _adopted(model), cached(), Attributes(model) as attributes:
                 try:
                     program = capture()
                 except Exception:  # not because of sharing, or it is raised again below
                     program = None
-            if program is not None and _was_right(program.graph_module):
+            if program is not None and not attributes.changed and _was_right(program.graph_module):
                 return program
         try:
             return capture()
@@ -159,7 +161,8 @@ def _share(program: ExportedProgram) -> None:
     hoist(program.graph_module)
     for old, new in label(program.graph_module).items():
         program.graph_signature.replace_all_uses(old, new)
-    lift(program.graph_module)
+    lifted = lift(program.graph_module)
+    call_from_root(program.graph_module, lifted)
 
 
 def mark_parameters(program: ExportedProgram, gm: GraphModule) -> None:

@@ -45,7 +45,8 @@ def split(gm: GraphModule) -> tuple[GraphModule, GraphModule]:
     body = GraphModule(gm, _body(gm.graph, inside, values), "Body")
     for part in (prologue, body):
         part.graph.lint()
-        part.train(gm.training)
+        for name, module in part.named_modules():  # leaves are those of gm, containers new ones
+            module.training = gm.get_submodule(name).training
     return prologue, body
 
 

@@ -61,7 +61,41 @@ def counts_itself(m: nn.Module, name: str) -> None:
     parametrize.register_parametrization(m, name, zoo.Steps())
 
 
+class _Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+def nested(m: Any, name: str) -> None:
+    """A parametrization of an original."""
+    counting(m, name)
+    parametrize.register_parametrization(m.parametrizations[name], "original", _Symmetric())
+
+
+def nested_random_mask(m: Any, name: str) -> None:
+    random_mask(m, name)
+    parametrize.register_parametrization(m.parametrizations[name], "original", _Symmetric())
+
+
+class _Calls(nn.Module):
+    """Another function at each evaluation, as attributes that no graph shows tell it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        self.log.append(self.calls)
+        return x * self.calls * len(self.log)
+
+
+def counts_in_python(m: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(m, name, _Calls(), unsafe=True)
+
+
 WRAPS = [counting, ours, orthogonal, spectral_norm, weight_norm, random_mask, counts_itself]
+WRAPS += [nested, nested_random_mask]
 
 
 def _x(batch: int = 2) -> Tensor:
@@ -116,7 +150,7 @@ def test_one_evaluation_forward_and_one_backward(strict: bool) -> None:
     assert helpers.counted(lambda: run(_x()).sum().backward()) == (1, 1)
 
 
-@pytest.mark.parametrize("wrap", [random_mask, counts_itself, spectral_norm])
+@pytest.mark.parametrize("wrap", [random_mask, nested_random_mask, counts_itself, spectral_norm])
 def test_evaluations_with_effects_are_all_there(wrap: Any) -> None:
     model = Cell(wrap)
     ours, torchs = fxparam.export(model, (_x(),)), torch.export.export(model, (_x(),))
@@ -159,14 +193,52 @@ class _Returns(Cell):
         return self.cell.weight_hh, x @ self.cell.weight_hh
 
 
+@pytest.mark.parametrize("wrap", [counting, nested])
 @pytest.mark.parametrize("kind", [_WritesValue, _Returns])
-def test_where_sharing_while_tracing_was_wrong(kind: Any) -> None:
-    model = kind(counting).eval()
+def test_where_sharing_while_tracing_was_wrong(kind: Any, wrap: Any) -> None:
+    model = kind(wrap).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     program = fxparam.export(model, (_x(),))
     runs_equal(program, model, _x())
     assert sum("count" in str(n.target) for n in program.graph.nodes) == 2
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_evaluations_that_change_attributes_are_traced_one_by_one(strict: bool) -> None:
+    model, x = Cell(counts_in_python).eval(), _x()
+    expected, actual = (
+        export(copy.deepcopy(model), (x,), strict=strict).module()(x)
+        for export in (torch.export.export, fxparam.export)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+class _Parts(nn.Module):
+    """Modules called twice, in modules, with values of their own that come to the front."""
+
+    def __init__(self, wrap: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cells = nn.Sequential(Cell(wrap, steps=1), nn.Tanh(), Cell(wrap, steps=2))
+        self.scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cells(x.sin()) * self.scale.exp()
+        return self.cells[2](y) @ self.cells[0].cell.weight_hh
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
+def test_unflattens_into_modules(wrap: Any, training: bool) -> None:
+    model = _Parts(wrap).train(training)
+    x = _x()
+    for made_by in (torch.export.export, fxparam.export):
+        program = made_by(copy.deepcopy(model), (x,))
+        run, twin = torch.export.unflatten(program), copy.deepcopy(model)
+        torch.manual_seed(0)
+        expected = twin(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(run(x), expected)
 
 
 def test_in_a_region_of_the_user() -> None:

@@ -92,3 +92,21 @@ def test_parameters_that_are_inputs() -> None:
     inputs = [held.get(s.target, x) for s in program.graph_signature.input_specs]
     (out,) = body(*values, *inputs)
     torch.testing.assert_close(out, model(x))
+
+
+def test_the_parts_have_the_training_modes_of_the_model() -> None:
+    class Normed(helpers.Loop):
+        def __init__(self) -> None:
+            super().__init__(orthogonal)
+            self.norm = nn.BatchNorm1d(5, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.norm(super().forward(x))
+
+    model = Normed()
+    model.norm.eval()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    expected = model(x)
+    prologue, body = fxparam.split(fxparam.symbolic_trace(model))
+    assert not model.norm.training
+    torch.testing.assert_close(body(*prologue(), x), expected)

@@ -8,12 +8,19 @@ carry none.
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Evaluation", "evaluations", "owner"]
+__all__ = ["Evaluation", "evaluations", "modules_around", "owner"]
+
+_LIST = re.compile(rf"(.*\.)?(Parametrized)*{ParametrizationList.__name__}")
+# A list is ``parametrizations.<tensor>`` of the module that has the tensor.
+_OF_THE_LIST = re.compile(r"(^|\.)parametrizations\.(?=[^.]+$)")
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,20 @@ def owner(node: Node) -> tuple[str, str] | None:
     return None
 
 
+def modules_around(node: Node) -> dict[str, Any]:
+    """The module stack of a node up to the ``ParametrizationList`` it was traced in."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    return dict(itertools.takewhile(lambda entry: not _is_list(entry[1][1]), stack.items()))
+
+
 def _is_list(kind: type | str) -> bool:
-    """Whether a module stack's entry is a ``ParametrizationList``: export keeps classes by name."""
+    """Whether a module stack's entry is a ``ParametrizationList``: export keeps classes by name.
+
+    The class of a list with a parametrized original is made by ``register_parametrization``, which
+    puts ``Parametrized`` in front of the name.
+    """
     if isinstance(kind, str):
-        return kind.rpartition(".")[2] == ParametrizationList.__name__
+        return _LIST.fullmatch(kind) is not None
     return issubclass(kind, ParametrizationList)
 
 
@@ -61,7 +78,7 @@ def evaluations(graph: Graph, runs: int | None = 1) -> list[Evaluation]:
 def _readable(path: str) -> str:
     """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
     # Strict export wraps the model, and unwraps the names but for those in bodies.
-    path = path.replace("parametrizations.", "").removeprefix("_export_root.")
+    path = _OF_THE_LIST.sub(r"\1", path).removeprefix("_export_root.")
     # A function that closes over a module is read through the function.
     path = path.rpartition(".cell_contents.")[2]
     _, bracket, rest = path.partition("'].")

@@ -1,0 +1,191 @@
+"""Folding: what a folded program holds, returns and differentiates, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+
+import fxparam
+from tests import helpers, zoo
+from tests.test_export import pytestmark, runs_equal, saved_and_loaded  # noqa: F401
+
+Layer = Callable[[nn.Linear], Any]
+
+
+def parametrized(*steps: nn.Module) -> Layer:
+    def wrap(layer: nn.Linear) -> Any:
+        for step in steps:
+            parametrize.register_parametrization(layer, "weight", step)
+        return layer
+
+    return wrap
+
+
+def nested(layer: nn.Linear) -> nn.Linear:
+    parametrized(helpers.MatrixExponential())(layer)
+    original: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    parametrize.register_parametrization(original, "original", zoo.Symmetric())
+    return layer
+
+
+class Masked(nn.Module):
+    """A constant, the same for each tensor, and two reads of the original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() * torch.eye(4, dtype=x.dtype) + x.tril()
+
+
+class Net(nn.Module):
+    def __init__(self, wrap: Layer, run: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = (wrap(nn.Linear(4, 4, dtype=torch.float64)) for _ in "ab")
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def in_turn(net: Any, x: Tensor) -> Any:
+    return net.a(torch.tanh(net.b(torch.tanh(net.a(x)))))
+
+
+def without_grad(net: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        y, w = net.a(x), net.a.weight * 1
+    return y, w, x @ w, net.a(x), net.b(x)
+
+
+def returned(net: Any, x: Tensor) -> Any:
+    return net.a.weight, net.b(x), net.b.weight.mT, net.a(x)
+
+
+WRAPS = {
+    "weight norm": weight_norm,
+    "orthogonal": orthogonal,
+    "nested": nested,
+    "masked": parametrized(Masked()),
+    "identity": parametrized(nn.Identity()),
+    "dropout": parametrized(nn.Dropout()),
+}
+NAMES = ["a.bias", "a.weight", "b.bias", "b.weight"]
+X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def asks(outputs: Any) -> list[bool]:
+    return [y.requires_grad for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("run", [in_turn, without_grad, returned], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_folded_program_is_one_with_plain_weights(wrap: str, run: Any, frozen: bool) -> None:
+    model = Net(WRAPS[wrap], run).eval().requires_grad_(not frozen)
+    programs = {"fxparam": fxparam.export(model, (X,)), "torch": torch.export.export(model, (X,))}
+    if run is not without_grad:  # decomposing forgets the modules of what such a block does
+        programs["decomposed"] = programs["torch"].run_decompositions()
+    for made_by, program in programs.items():
+        folded = fxparam.fold(program)
+        runs_equal(folded, model, X)
+        if made_by != "decomposed":
+            assert asks(folded.module()(X)) == asks(model(X))
+        if run is in_turn or (run is without_grad and wrap != "identity"):
+            assert sorted(folded.state_dict) == NAMES
+            assert "parametrizations" not in folded.graph_module.code
+            torch.testing.assert_close(folded.state_dict["a.weight"], model.a.weight)
+            assert not any("parametrizations" in entry.fqn for entry in folded.module_call_graph)
+        runs_equal(fxparam.fold(folded), model, X)
+        runs_equal(saved_and_loaded(folded), model, X)
+        torch.testing.assert_close(torch.export.unflatten(folded)(X), model(X))
+
+
+@pytest.mark.parametrize("wrap", ["weight norm", "nested"])
+def test_what_the_caller_does_to_a_returned_value_stays_with_the_caller(wrap: str) -> None:
+    model = Net(WRAPS[wrap], returned).eval()
+    run = fxparam.export(model, (X,), fold=True).module()
+    with torch.no_grad():
+        for y in run(X):
+            y.zero_()
+        torch.testing.assert_close(run(X), model(X))
+
+
+class Follows(nn.Module):
+    """The program writes what the evaluation reads, a buffer or the original."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.cell, self.what = nn.Linear(4, 4, dtype=torch.float64), what
+        fxparam.register_parametrization(self.cell, "weight", Scaled())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x)
+        chain: Any = self.cell.parametrizations.weight  # type: ignore[union-attr]
+        if self.what == "buffer":
+            chain[0].scale.copy_(x.abs().max())
+        else:
+            chain.original.mul_(0.5)
+        return y
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("what", ["buffer", "original"])
+def test_what_the_program_writes_cannot_be_folded(what: str, decomposed: bool) -> None:
+    model = Follows(what).eval().requires_grad_(False)
+    program = torch.export.export(model, (X,))
+    if decomposed:
+        program = program.run_decompositions()
+    with pytest.raises(ValueError, match=r"found: cell\.weight: .* writ(es|ten)"):
+        fxparam.fold(program)
+
+
+class _Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = weight_norm(nn.Linear(4, 4, dtype=torch.float64))
+        self.again = self.cell
+
+    def forward(self, x: Tensor) -> Any:
+        return self.again(torch.tanh(self.cell(x)))
+
+
+class _Tied(_Shared):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(4, 4, dtype=torch.float64)
+        fxparam.transfer_parametrizations_and_params(self.cell, self.again)
+
+
+class _NamedLikeIt(_Shared):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reparametrizations = nn.ModuleDict({"cell": self.cell})
+        del self.cell, self.again
+
+    def forward(self, x: Tensor) -> Any:
+        return self.reparametrizations["cell"](x)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("kind", [_Shared, _Tied, _NamedLikeIt])
+def test_nothing_is_left_of_modules_with_two_names(kind: Any, strict: bool) -> None:
+    model = kind().eval()
+    folded = fxparam.fold(torch.export.export(model, (X,), strict=strict))
+    runs_equal(folded, model, X)
+    held = set(folded.state_dict)
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    assert all(name.rpartition(".")[0] in names for name in held)
+    assert not any(".parametrizations." in name for name in held)
