@@ -22,12 +22,22 @@ from benchmarks import contestants as ways
 from benchmarks.cases import CASES
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.environment import environment, in_a_line
+from benchmarks.files import write_json
 from benchmarks.plot import draw
 from benchmarks.programs import Setting
 from benchmarks.runner import Plan, run
-from benchmarks.table import print_rows, print_summary
+from benchmarks.table import print_line, print_rows, print_summary
 
 __all__ = ["main"]
+
+
+# What every row of a recorded run has, and every one without an error.
+_ROW = {"case", "grows", "value", "contestant", "error"}
+_FIGURES = {
+    f"{figure}{suffix}"
+    for figure in ("step", "forward", "compile", "peak")
+    for suffix in ("", "_ratio")
+} | {"evaluations", "nodes", "kernels"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,10 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few cases and contestants, the smallest sizes")
     add("--grow", action="store_true", help="each case at three sizes")
     add("--rounds", type=int, help="timed steps of each contestant (30; 10 with --quick)")
-    add("--probes", type=int, default=1, help="cold compilations of each, of which the median")
-    add(
-        "--limit", type=float, default=900, help="seconds a process has for each contestant it runs"
-    )
+    add("--probes", type=int, help="cold compilations of each at most (3; 1 with --quick)")
+    limit = "seconds a process has for each contestant it runs"
+    add("--limit", type=float, default=900, help=limit)
     add("--output", type=Path, default=Path("fxparam-bench.json"), help="JSON; plots beside it")
     add("--resume", action="store_true", help="go on with the run of which --output has a part")
     add("--code", type=Path, metavar="FOLDER", help="keep the generated code there")
@@ -72,9 +81,13 @@ def _problem(options: argparse.Namespace) -> str | None:
         reason = ways.unavailable(CONTESTANTS[name])
         if reason is not None:
             return f"--contestant {name}: {reason}"
+        if not any(CONTESTANTS[name].applies_to(CASES[case]) for case in _cases(options)):
+            return f"--contestant {name}: applies to none of the cases {', '.join(_cases(options))}"
     for name, value in (("rounds", options.rounds), ("probes", options.probes)):
         if value is not None and value < 1:
             return f"--{name} {value}: at least 1"
+    if not options.limit > 0:  # also for NaN
+        return f"--limit {options.limit}: more than 0"
     if options.output.is_dir() or not options.output.resolve().parent.is_dir():
         return f"--output {options.output}: not a file in a folder that exists"
     if options.show is not None and not options.show.is_file():
@@ -93,16 +106,20 @@ def _print_list() -> None:
         print(f"  {each.name:26} {each.about}{note}")
 
 
-def _plan(options: argparse.Namespace, done: Iterable[tuple[str, int]] = ()) -> Plan:
+def _cases(options: argparse.Namespace) -> list[str]:
     everything = [name for name, case in CASES.items() if case.quick or not options.quick]
+    return list(dict.fromkeys(options.case or everything))
+
+
+def _plan(options: argparse.Namespace, done: Iterable[tuple[str, int]] = ()) -> Plan:
     return Plan(
-        cases=list(dict.fromkeys(options.case or everything)),
+        cases=_cases(options),
         contestants=options.contestant or list(ways.QUICK if options.quick else CONTESTANTS),
         setting=Setting(options.device, options.dtype),
         quick=options.quick,
         grow=options.grow,
         rounds=options.rounds or (10 if options.quick else 30),
-        probes=options.probes,
+        probes=options.probes or (1 if options.quick else 3),
         limit=options.limit,
         code=options.code,
         done=frozenset(done),
@@ -114,19 +131,19 @@ def _console() -> Any:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(width=max(150, Console().width))
+    return Console(width=max(160, Console().width))
 
 
 @contextlib.contextmanager
-def _progress(console: Any, total: int) -> Iterator[Callable[[str], None]]:
-    """What is measured now, and how much is left: a bar, or lines without rich or a terminal."""
-    done = 0
+def _progress(console: Any, total: int) -> Iterator[Callable[[str, int], None]]:
+    """What is measured now, and how much is left: a bar, or lines without rich or a terminal.
+
+    What turns out not to be needed counts as done: the numbers jump, and the total stays.
+    """
     if console is None or not console.is_terminal:
 
-        def line(what: str) -> None:
-            nonlocal done
-            done += 1
-            print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+        def line(what: str, number: int) -> None:
+            print(f"[{number}/{total}] {what}", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -137,24 +154,18 @@ def _progress(console: Any, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*shown, console=console) as progress:
         task = progress.add_task("starting", total=total)
 
-        def advance(what: str) -> None:
-            nonlocal done
-            progress.update(task, completed=done, description=what)
-            done += 1
+        def advance(what: str, number: int) -> None:
+            progress.update(task, completed=number - 1, description=what)
 
         yield advance
-
-
-def _say(text: str, console: Any) -> None:
-    print(text) if console is None else console.print(text, markup=False, soft_wrap=True)
 
 
 def _finish(results: dict[str, Any], stem: Path, console: Any) -> None:
     print_summary(results["rows"], console)
     where = in_a_line(results["environment"])
-    _say(where, console)
+    print_line(where, console)
     for path in draw(results["rows"], where, stem):
-        _say(f"plot: {path}", console)
+        print_line(f"plot: {path}", console)
 
 
 def main(arguments: list[str]) -> int:
@@ -169,7 +180,10 @@ def main(arguments: list[str]) -> int:
         _print_list()
         return 0
     if options.show is not None:
-        recorded = json.loads(options.show.read_text())
+        recorded = _recorded(options.show)
+        if recorded is None:
+            print(f"--show {options.show}: not a recorded run", file=sys.stderr)
+            return 2
         for point in _points(recorded["rows"]):
             print_rows(point, console)
         _finish(recorded, options.show.with_suffix(""), console)
@@ -185,9 +199,9 @@ def main(arguments: list[str]) -> int:
         "rows": [],
     }
     if options.resume and options.output.exists():
-        recorded = json.loads(options.output.read_text())
+        recorded = _recorded(options.output)
         problem = _is_another_run(recorded, results)
-        if problem is not None:
+        if recorded is None or problem is not None:
             print(f"--resume {options.output}: {problem}", file=sys.stderr)
             return 2
         results = recorded
@@ -197,18 +211,34 @@ def main(arguments: list[str]) -> int:
             results["rows"] += rows
             print_rows(rows, console)
             # After each case: a long run that is cut off keeps what it has.
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(options.output, results, indent=1)
     _finish(results, options.output.with_suffix(""), console)
-    _say(f"results: {options.output}", console)
+    print_line(f"results: {options.output}", console)
     return 0
 
 
-def _is_another_run(recorded: dict[str, Any], results: dict[str, Any]) -> str | None:
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """A recorded run, or None of a file that holds none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        in_a_line(found["environment"])
+        whole = "command" in found and all(
+            row.keys() >= (_ROW if row["error"] else _ROW | _FIGURES) for row in found["rows"]
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return found if whole else None
+
+
+def _is_another_run(recorded: dict[str, Any] | None, results: dict[str, Any]) -> str | None:
     """Why figures of a recorded run may not stand beside those to come, if they may not."""
+    if recorded is None:
+        return "not a recorded run"
     if recorded["command"] != results["command"]:
         return f"the command there is {recorded['command']}"
-    there, here = ({**r["environment"], "date": ""} for r in (recorded, results))
-    changed = [key for key in here if there.get(key) != here[key]]
+    there, here = recorded["environment"], results["environment"]
+    # The system names the kernel's release, in which machines that are alike differ.
+    changed = [k for k in here if k not in ("date", "system") and there.get(k) != here[k]]
     return f"made with another {', '.join(changed)}" if changed else None
 
 

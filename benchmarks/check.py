@@ -1,19 +1,36 @@
-"""Whether a contestant computes what eager computes: outputs, gradients and buffers."""
+"""Whether a contestant computes what eager computes: outputs, gradients and buffers.
+
+How far apart two right programs are depends on the model: long recurrences amplify the rounding of
+sums made in another order. So the measure is how far eager itself is from the same step in float64;
+a contestant may be a few times as far. A gradient that is lost, doubled or stale is off by more.
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.programs import Program
+from benchmarks.cases.case import Case, Size
+from benchmarks.programs import Program, Setting, reference
 
-__all__ = ["Outcome", "Wrong", "check", "outcome_of"]
+__all__ = ["Expected", "Outcome", "Wrong", "check", "expected_of", "outcomes_of"]
 
-# Relative, in the norm of each tensor. Long recurrences amplify the rounding of sums that are made
-# in another order; a gradient that is lost, doubled or stale is off by far more.
-_TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-1}
+_TIMES_EAGER = 4
+# What is allowed whatever eager's own error, relative, in the norm of each tensor.
+_FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
+# What is not allowed whatever eager's own error: results that chaos has made are no check.
+_MOST = {"float32": 1e-2, "bfloat16": 0.5}
+# Where the model does not run in float64: relative to eager.
+_FIXED = {"float32": 2e-4, "bfloat16": 5e-2}
+# Of the largest gradient's norm: one that vanishes in theory is rounding in practice.
+_SMALLEST = 1e-4
+# Of a parameter's root mean square; weights that are stale are seen in bfloat16 too.
+_CHANGE = 0.1
 
 
 class Wrong(Exception):
@@ -22,55 +39,157 @@ class Wrong(Exception):
 
 @dataclass
 class Outcome:
-    """What the first step of a program gave, copied."""
+    """What a step gave, copied.
+
+    Attributes:
+        names: of the model's parameters and buffers.
+        part: whether these are not all of eager's, and only what both have is compared.
+    """
 
     outputs: list[Tensor]
-    gradients: dict[str, Tensor] | None
+    gradients: dict[str, Tensor]
     buffers: dict[str, Tensor] | None
+    names: frozenset[str]
+    part: bool = False
+
+
+@dataclass
+class Expected:
+    """Eager's outcomes, and the same in float64 if the model runs in it."""
+
+    eager: list[Outcome]
+    exact: list[Outcome] | None
+    dtype: str = "float32"
+
+
+def outcomes_of(program: Program) -> list[Outcome]:
+    """The first step of a program, for a step may write buffers; then one with other parameters.
+
+    The second notices a program that keeps a weight, or a value of it. Afterwards the parameters
+    are as before. A program whose weights are its own by design has no second.
+    """
+    first = outcome_of(program)
+    return [first] if program.fixed else [first, changed_outcome_of(program)]
 
 
 def outcome_of(program: Program) -> Outcome:
-    """Run one step; the first one of a program, since a step may write buffers."""
+    """Run one step."""
     program.reset()
-    outputs = [_copy(t) for t in program.step()]
-    gradients, buffers = program.gradients(), program.buffers()
-    return Outcome(outputs, _copies(gradients), _copies(buffers))
+    outputs = [_copy(t) for t in program.tensors(program.step())]
+    buffers, model = program.buffers(), program.model
+    names = frozenset(n for n, _ in (*model.named_parameters(), *model.named_buffers()))
+    return Outcome(
+        outputs,
+        _copies(program.gradients()),
+        None if buffers is None else _copies(buffers),
+        names,
+        program.plain,
+    )
 
 
-def check(actual: Outcome, expected: Outcome, dtype: str = "float32") -> None:
-    """Compare two outcomes; what ``actual`` does not have (None) is not compared.
+def changed_outcome_of(program: Program) -> Outcome:
+    """Run one step with other values in the parameters that train, the same for each program."""
+    with _changed(program.model):
+        return outcome_of(program)
+
+
+@contextmanager
+def _changed(model: torch.nn.Module) -> Iterator[None]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    with torch.no_grad():
+        for name, p in trained.items():
+            source = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(p.shape, generator=source).to(p)
+            p.add_(_CHANGE * p.square().mean().sqrt() * noise)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(before[name])
+
+
+def expected_of(case: Case, size: Size, setting: Setting, *, sharing: bool = False) -> Expected:
+    """What contestants are compared with; ``sharing`` as in :func:`programs.reference`."""
+    eager = outcomes_of(reference(case, size, setting, sharing=sharing))
+    exact: list[Outcome] | None
+    try:
+        exact = outcomes_of(reference(case, size, setting, sharing=sharing, exact=True))
+    except Exception:  # a model may name its dtype, and a device may lack this one
+        exact = None
+    return Expected(eager, exact, setting.dtype)
+
+
+def check(actual: list[Outcome], expected: Expected) -> None:
+    """Compare outcomes; those that ``actual`` does not have are not compared.
 
     Raises:
         Wrong: naming the first tensor that differs, and by how much.
     """
-    if len(actual.outputs) != len(expected.outputs):
-        raise Wrong(f"{len(actual.outputs)} outputs, eager gives {len(expected.outputs)}")
-    for i, (a, b) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        _same(f"output {i}", a, b, _TOLERANCE[dtype], floor=0.0)
-    for kind in ("gradients", "buffers"):
-        mine, theirs = getattr(actual, kind), getattr(expected, kind)
-        if mine is None:
+    for i, (mine, eager) in enumerate(zip(actual, expected.eager, strict=False)):
+        exact = expected.exact[i] if expected.exact else None
+        when = " after the parameters changed" if i else ""
+        _check_step(mine, eager, exact, expected.dtype, when)
+
+
+def _check_step(
+    mine: Outcome, eager: Outcome, exact: Outcome | None, dtype: str, when: str
+) -> None:
+    if len(mine.outputs) != len(eager.outputs):
+        raise Wrong(f"{len(mine.outputs)} outputs, eager gives {len(eager.outputs)}")
+    for i, (a, b) in enumerate(zip(mine.outputs, eager.outputs, strict=True)):
+        _same(f"output {i}{when}", a, b, exact.outputs[i] if exact else None, dtype)
+    both = mine.names & eager.names if mine.part else None
+    for kind in ("gradient", "buffer"):
+        own, theirs = _named(mine, kind, both), _named(eager, kind, both)
+        right = _named(exact, kind, both) if exact else None
+        if own is None or theirs is None:
             continue
-        if set(mine) != set(theirs):
-            differ = ", ".join(sorted(set(mine) ^ set(theirs)))
-            raise Wrong(f"{kind} of {differ}: eager and the contestant do not both have them")
-        largest = max((float(t.norm()) for t in theirs.values()), default=0.0)
+        if set(own) != set(theirs):
+            differ = ", ".join(sorted(set(own) ^ set(theirs)))
+            raise Wrong(f"{kind}s of {differ}: eager and the contestant do not both have them")
+        smallest = _SMALLEST * max((float(t.double().norm()) for t in theirs.values()), default=0.0)
         for name, b in theirs.items():
-            # A gradient that vanishes in theory is rounding in practice, on both sides.
-            _same(f"{kind[:-1]} of {name}", mine[name], b, _TOLERANCE[dtype], 1e-4 * largest)
+            what = f"{kind} of {name}{when}"
+            _same(what, own[name], b, right[name] if right else None, dtype, smallest)
 
 
-def _same(what: str, a: Tensor, b: Tensor, tolerance: float, floor: float) -> None:
-    if a.shape != b.shape:
-        raise Wrong(f"{what} has shape {tuple(a.shape)}, eager's has {tuple(b.shape)}")
-    apart, scale = float((a - b).norm()), max(float(b.norm()), floor)
-    if not apart <= tolerance * scale:  # also for NaN
-        raise Wrong(f"{what} is not eager's: off by {apart / (scale or 1.0):.1e} of its norm")
+def _named(outcome: Outcome, kind: str, names: frozenset[str] | None) -> dict[str, Tensor] | None:
+    found = outcome.gradients if kind == "gradient" else outcome.buffers
+    if found is None or names is None:
+        return found
+    return {name: t for name, t in found.items() if name in names}
 
 
-def _copies(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    return None if tensors is None else {name: _copy(t) for name, t in tensors.items()}
+def _same(
+    what: str, mine: Tensor, eager: Tensor, exact: Tensor | None, dtype: str, smallest: float = 0.0
+) -> None:
+    """``smallest``: what a norm is at least taken to be."""
+    if mine.shape != eager.shape:
+        raise Wrong(f"{what} has shape {tuple(mine.shape)}, eager's has {tuple(eager.shape)}")
+    if not eager.is_floating_point():
+        if not torch.equal(mine, eager):
+            raise Wrong(f"{what} is not eager's")
+        return
+    scale = max(float(eager.norm()), smallest)
+    if exact is None:
+        apart, allowed = float((mine - eager).norm()), _FIXED[dtype] * scale
+    else:
+        apart, own = float((mine - exact).norm()), float((eager - exact).norm())
+        allowed = min(_TIMES_EAGER * own + _FLOOR[dtype] * scale, _MOST[dtype] * scale)
+    if not apart <= allowed:  # also for NaN
+        off, may = (x / (scale or 1.0) for x in (apart, allowed))
+        raise Wrong(f"{what} is not eager's: off by {off:.1e} of its norm, {may:.1e} is allowed")
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _copy(t) for name, t in tensors.items()}
 
 
 def _copy(t: Tensor) -> Tensor:
-    return t.detach().to("cpu", torch.float64, copy=True)
+    """On the CPU, in float64 but for whole numbers; complex ones as pairs."""
+    t = t.detach()
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)

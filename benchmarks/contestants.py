@@ -34,6 +34,10 @@ class Contestant:
         """Whether evaluations with effects are shared too, which only its user can decide."""
         return self.region is not None or self.source != "written"
 
+    def computes_another_program(self, case: Case) -> bool:
+        """Than the source hoisted by hand: it evaluates at each access, and that has effects."""
+        return case.effects and not self.shares_on_request
+
     def applies_to(self, case: Case) -> bool:
         if self.freezing and case.train:
             return False

@@ -1,4 +1,9 @@
-"""Evaluations counted as they run, forward and backward; never in a timed program."""
+"""Evaluations counted as they run, forward and backward; never in a timed program.
+
+What is counted is a program of its own: the contestant's with a counting op at the end of each
+chain of parametrizations. The op is opaque, so a compiler that would have merged the chain into
+what uses it cannot; it may share the op, or fold it into a constant, as it may the chain.
+"""
 
 from __future__ import annotations
 

@@ -16,13 +16,15 @@ __all__ = ["jax_program"]
 
 
 class _JaxProgram(Program):
-    """Gradients come with the outputs; nothing is left in torch's parameters."""
+    """Outputs and gradients are arrays; nothing is left in torch's parameters."""
 
     last: dict[str, Any]
 
-    def gradients(self) -> dict[str, Tensor] | None:
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        return {n: _to_torch(g) for n, g in self.last.items() if n in trained}
+    def tensors(self, outputs: list[Any]) -> list[Tensor]:
+        return [_to_torch(array) for array in outputs]
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: _to_torch(gradient) for name, gradient in self.last.items()}
 
     def buffers(self) -> dict[str, Tensor] | None:
         return None
@@ -35,7 +37,9 @@ def _to_torch(array: Any) -> Tensor:
 
 
 def jax_program(case: Case, contestant: Contestant, size: Size, setting: Setting) -> Program:
-    """``jit`` of a step that gives outputs and, in training, gradients.
+    """``jit`` of a step that gives outputs and gradients.
+
+    Matrices are multiplied as precisely as torch does by default, which on a GPU is not JAX's way.
 
     Raises:
         NotImplementedError: for another setting than float32.
@@ -44,24 +48,31 @@ def jax_program(case: Case, contestant: Contestant, size: Size, setting: Setting
 
     if setting.dtype != "float32":
         raise NotImplementedError("the JAX contestants run in float32")
+    jax.config.update("jax_default_matmul_precision", "highest")
     assert case.jax is not None
     forward, by_hand = case.jax, contestant.source == "by hand"
     device = jax.devices("gpu" if setting.device == "cuda" else "cpu")[0]
     model = reference(case, size, setting, sharing=False).model
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    parameters = {n: jax.device_put(t.detach().cpu().numpy(), device) for n, t in state.items()}
-    given = [jax.device_put(x.cpu().numpy(), device) for x in inputs_of(case, size, setting)]
 
-    def loss(parameters: dict[str, Any], inputs: list[Any]) -> tuple[Any, Any]:
-        y = forward(parameters, inputs, by_hand)
+    def put(t: Tensor) -> Any:
+        return jax.device_put(t.detach().cpu().numpy(), device)
+
+    named = dict(model.named_parameters())
+    trained = {name: put(p) for name, p in named.items() if p.requires_grad}
+    others = {name: p for name, p in named.items() if not p.requires_grad}
+    fixed = {name: put(t) for name, t in (*others.items(), *model.named_buffers())}
+    given = [put(x) for x in inputs_of(case, size, setting)]
+
+    def loss(trained: dict[str, Any], inputs: list[Any]) -> tuple[Any, Any]:
+        y = forward({**fixed, **trained}, inputs, by_hand)
         return (y**2).mean(), y
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def body(model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]) -> Any:
-        (_, y), made.last = step(parameters, given)
+        (_, y), made.last = step(trained, given)
         jax.block_until_ready((y, made.last))
-        return _to_torch(y)
+        return y
 
-    made = _JaxProgram(model, model, (), body, setting)
+    made = _JaxProgram(model, model, (), body, setting, fixed=True)
     return made

@@ -15,10 +15,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.programs import Program
 
-__all__ = ["Compilation", "compilation", "free_at_once", "peak_memory", "timed_step"]
+__all__ = [
+    "Compilation",
+    "compilation",
+    "free_at_once",
+    "graphs_captured",
+    "peak_memory",
+    "timed_step",
+]
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -126,11 +134,13 @@ def _resident(field_name: str) -> int:
 @dataclass
 class Compilation:
     """Attributes:
-    nodes: in the graphs that Inductor was given, the bodies of higher-order ops included.
+    graphs: that Inductor was given.
+    nodes: in these graphs, the bodies of higher-order ops included.
     kernels: that it generated; calls of library functions are not among them.
     code: that it generated, a text for each graph.
     """
 
+    graphs: int = 0
     nodes: int = 0
     kernels: int = 0
     code: list[str] = field(default_factory=list)
@@ -148,6 +158,7 @@ def compilation() -> Iterator[Compilation]:
     def recording(model: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal depth
         if depth == 0:  # it calls itself with its configuration applied
+            seen.graphs += 1
             seen.nodes += _nodes(model)
         depth += 1
         try:
@@ -162,6 +173,11 @@ def compilation() -> Iterator[Compilation]:
     ):
         yield seen
     seen.kernels = metrics.generated_kernel_count - before
+
+
+def graphs_captured() -> int:
+    """How many graphs Dynamo has given to any backend in this process."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _nodes(model: Any) -> int:

@@ -50,8 +50,16 @@ def run_module(module: str, job: dict[str, Any], limit: float, *, cold: bool) ->
         if target.exists():
             result: dict[str, Any] = json.loads(target.read_text())
             return result
-        lines = [line for line in said.splitlines() if line.strip()]
-        return {"error": lines[-1] if lines else f"exit code {child.returncode}"}
+        return {"error": _reason(child.returncode, said)}
+
+
+def _reason(code: int, said: str) -> str:
+    """Why a process came to no result; what one that a signal ended said last is not the reason."""
+    if code < 0:
+        names = {each.value: each.name for each in signal.Signals}
+        return f"exit code {code}: {names.get(-code, 'a signal')}"
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def run_job(job: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def _environment(folder: str, cold: bool) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         "TRITON_CACHE_DIR": f"{folder}/triton",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves torch's contestants their memory
         "PYTHONWARNINGS": "ignore",
     }
     if cold:

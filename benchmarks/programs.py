@@ -43,7 +43,13 @@ class Setting:
 
 @dataclass
 class Program:
-    """A model and how it runs. ``step`` gives outputs; gradients are left in the parameters."""
+    """A model and how it runs. ``step`` gives outputs; gradients are left in the parameters.
+
+    Attributes:
+        plain: whether the parametrizations were removed from the model.
+        fixed: whether by design it runs with weights of its own, not the model's parameters as
+            they are then: frozen, plain, in a package, JAX's.
+    """
 
     model: nn.Module
     run: Run
@@ -51,23 +57,27 @@ class Program:
     body: Step
     setting: Setting = field(default_factory=Setting)
     plain: bool = False
+    fixed: bool = False
 
     def reset(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def step(self, forward_done: Callable[[], None] = lambda: None) -> list[Tensor]:
+    def step(self, forward_done: Callable[[], None] = lambda: None) -> list[Any]:
         outputs = self.body(self.model, self.run, self.inputs, forward_done)
         return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
-    def gradients(self) -> dict[str, Tensor] | None:
-        """By parameter; None where there are no originals to have them."""
-        if self.plain:
-            return None
+    def tensors(self, outputs: list[Any]) -> list[Tensor]:
+        """What a step gave, for a comparison."""
+        return outputs
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By parameter."""
         named = self.model.named_parameters()
         return {name: p.grad for name, p in named if p.grad is not None}
 
     def buffers(self) -> dict[str, Tensor] | None:
-        return None if self.plain else dict(self.model.named_buffers())
+        """By name; None where the model's own are not what was computed with."""
+        return dict(self.model.named_buffers())
 
 
 def inputs_of(case: Case, size: Size, setting: Setting) -> Inputs:
@@ -75,12 +85,23 @@ def inputs_of(case: Case, size: Size, setting: Setting) -> Inputs:
     return tuple(x.to(setting.device) for x in case.inputs(size))
 
 
-def reference(case: Case, size: Size, setting: Setting, *, sharing: bool) -> Program:
-    """Eager as written; under torch's ``cached()`` for contestants that share evaluations with
-    effects, which is another computation."""
+def reference(
+    case: Case, size: Size, setting: Setting, *, sharing: bool, exact: bool = False
+) -> Program:
+    """Eager as written.
+
+    Args:
+        sharing: under torch's ``cached()`` where evaluations have effects, which is another
+            computation: that of the contestants that share them.
+        exact: in float64, from the same parameters and inputs.
+    """
     model = _model(case, "written", size, setting)
-    run = _in_region(model) if case.effects and sharing else model
     inputs = inputs_of(case, size, setting)
+    if exact:
+        setting = Setting(setting.device)
+        model = model.double()
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    run = _in_region(model) if case.effects and sharing else model
     return Program(model, _autocast(run, setting), inputs, case.step_of(False), setting)
 
 
@@ -102,7 +123,9 @@ def program(
     inputs = inputs_of(case, size, setting)
     run = _autocast(_run(case, contestant, model), setting)
     step = case.step_of(contestant.source == "by hand")
-    return Program(model, run, inputs, step, setting, contestant.source == "plain")
+    plain, compiled = contestant.source == "plain", contestant.compiler is not None
+    fixed = plain or contestant.freezing or (case.exported and compiled)
+    return Program(model, run, inputs, step, setting, plain, fixed)
 
 
 def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:
@@ -135,7 +158,7 @@ def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
     model.forward = types.MethodType(_own_code(type(model).forward), model)  # type: ignore
     options: dict[str, Any] = {"fullgraph": case.fullgraph}
     if contestant.freezing:
-        options["options"] = {"freezing": True}
+        return _freezing(torch.compile(model, backend=contestant.compiler, **options))
     if contestant.region == "torch":
         return torch.compile(_own_code(_in_region(model)), backend=contestant.compiler, **options)
     if contestant.region == "fxparam":
@@ -143,6 +166,27 @@ def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
         run = _own_code(_in_region(model, fxparam.cached))
         return torch.compile(run, backend="fxparam", **options)
     return torch.compile(model, backend=contestant.compiler, **options)
+
+
+def _freezing(run: Run) -> Run:
+    """Compile with Inductor's ``freezing`` at the first call.
+
+    By ``torch.compile(options=)`` nothing is frozen: whether parameters are constants Dynamo asks
+    the global configuration, before options apply. Of what is computed from constants alone
+    Inductor (torch 2.13) folds no constructors, hence not the mask that ``tril`` becomes: an
+    orthogonal weight is still evaluated.
+    """
+    compiled = False
+
+    def frozen(*inputs: Tensor) -> Any:
+        nonlocal compiled
+        if compiled:
+            return run(*inputs)
+        compiled = True
+        with torch._inductor.config.patch(freezing=True):
+            return run(*inputs)
+
+    return frozen
 
 
 def _in_region(

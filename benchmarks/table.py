@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.contestants import CONTESTANTS
 
-__all__ = ["print_rows", "print_summary", "print_table"]
+__all__ = ["print_line", "print_rows", "print_summary", "print_table"]
 
 Row = dict[str, Any]
 
@@ -22,12 +22,19 @@ _COLUMNS = (
     "forward: x",
     "ms",
     "compile: x",
-    "s",
+    "s [range]",
     "memory: x",
     "MB",
     "evaluations",
+    "graphs",
     "nodes",
     "kernels",
+)
+_COUNTED = "evaluations: those of the program with a counting op at the end of each chain"
+_ANOTHER = "†"
+_DIFFERS = (
+    f"{_ANOTHER} another program than the one by hand: it evaluates at each access, as written, "
+    "and that has effects"
 )
 
 
@@ -36,6 +43,8 @@ def print_rows(rows: list[Row], console: Any = None) -> None:
     first = rows[0]
     title = f"{first['case']}, {first['grows']} {first['value']}"
     print_table(title, _COLUMNS, [_cells(row) for row in rows], console)
+    for note in (_COUNTED, *([_DIFFERS] if any(map(_is_another, rows)) else [])):
+        print_line(f"  {note}", console)
 
 
 def print_summary(rows: list[Row], console: Any = None) -> None:
@@ -47,6 +56,8 @@ def print_summary(rows: list[Row], console: Any = None) -> None:
         lines.append([f"{case} {value}", *(_summary_cell(found.get(n)) for n in names)])
     title = "step time, x the source hoisted by hand"
     print_table(title, ("case", *names), lines, console)
+    if any(map(_is_another, rows)):
+        print_line(f"  {_DIFFERS}", console)
 
 
 def _summary_cell(row: Row | None) -> str:
@@ -54,29 +65,43 @@ def _summary_cell(row: Row | None) -> str:
         return ""
     if row["error"] is not None:
         return "fails"
-    return _number(_median(row["step_ratio"]), "{:.2f}")
+    return _number(_median(row["step_ratio"]), "{:.2f}") + _mark(row)
 
 
 def _cells(row: Row) -> list[str]:
+    name = row["contestant"] + _mark(row)
     if row["error"] is not None:
-        return [row["contestant"], row["error"]]
+        return [name, row["error"]]
     step, ratio, forward = row["step"], row["step_ratio"], row["forward"]
     quartiles = f" [{ratio['low']:.2f} {ratio['high']:.2f}]" if ratio else ""
     evaluations = row["evaluations"]
     return [
-        row["contestant"],
+        name,
         _number(_median(ratio), "{:.2f}") + quartiles,
         _number(_median(step), "{:.2f}", 1e3),
         _number(_median(row["forward_ratio"]), "{:.2f}"),
         _number(_median(forward), "{:.2f}", 1e3),
         _number(row["compile_ratio"], "{:.2f}"),
-        _number(row["compile"], "{:.1f}"),
+        _number(row["compile"], "{:.1f}") + _range(row.get("compiles")),
         _number(row["peak_ratio"], "{:.2f}"),
         _number(row["peak"], "{:.1f}", 1e-6),
         "-" if evaluations is None else f"{evaluations[0]} / {evaluations[1]}",
+        _number(row.get("graphs"), "{}"),
         _number(row["nodes"], "{}"),
         _number(row["kernels"], "{}"),
     ]
+
+
+def _is_another(row: Row) -> bool:
+    return bool(row.get("another"))  # not in what earlier versions recorded
+
+
+def _mark(row: Row) -> str:
+    return f" {_ANOTHER}" if _is_another(row) else ""
+
+
+def _range(values: list[float] | None) -> str:
+    return f" [{min(values):.1f} {max(values):.1f}]" if values and len(values) > 1 else ""
 
 
 def _median(spread: dict[str, float] | None) -> float | None:
@@ -98,8 +123,11 @@ def print_table(title: str, columns: tuple[str, ...], lines: list[list[str]], co
         console.print(_rich(columns, whole))
     for line in lines:
         if len(line) != len(columns):
-            text = f"  {line[0]}: {line[1]}"
-            print(text) if console is None else console.print(text, markup=False, soft_wrap=True)
+            print_line(f"  {line[0]}: {line[1]}", console)
+
+
+def print_line(text: str, console: Any) -> None:
+    print(text) if console is None else console.print(text, markup=False, soft_wrap=True)
 
 
 def _rich(columns: tuple[str, ...], lines: list[list[str]]) -> Any:
@@ -108,7 +136,9 @@ def _rich(columns: tuple[str, ...], lines: list[list[str]]) -> Any:
 
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
+        justify: Any = "right" if i else "left"
+        cells = max((len(line[i]) for line in lines), default=1)  # only heads are folded
+        table.add_column(escape(column), justify=justify, overflow="fold", min_width=cells)
     for line in lines:
         table.add_row(*map(escape, line))
     return table

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.check import Outcome, check, outcome_of
+from benchmarks.check import Expected, check, outcomes_of
 from benchmarks.errors import first_line
-from benchmarks.measure import timed_step
+from benchmarks.measure import graphs_captured, timed_step
 from benchmarks.programs import Program
 
 __all__ = ["interleaved"]
@@ -19,10 +20,8 @@ _WARM_UP = 2
 
 def interleaved(
     makers: Mapping[str, Callable[[], Program]],
-    expected: Callable[[str], Outcome],
+    expected: Callable[[str], Expected],
     rounds: int,
-    *,
-    dtype: str = "float32",
 ) -> dict[str, dict[str, Any]]:
     """Time the programs in turns, so that a noisy machine is noisy for all of them.
 
@@ -37,13 +36,14 @@ def interleaved(
 
     Returns:
         For each name ``{"error": line}``, or the seconds of each round: ``{"steps", "forwards"}``.
+        A program that compiles again while it is timed has an error.
     """
     results: dict[str, dict[str, Any]] = {}
     right: dict[str, Program] = {}
     for name, make in makers.items():
         try:
             program = make()
-            check(outcome_of(program), expected(name), dtype)
+            check(outcomes_of(program), expected(name))
             for _ in range(_WARM_UP):
                 timed_step(program)
         except Exception as error:
@@ -51,20 +51,42 @@ def interleaved(
         else:
             right[name] = program
             results[name] = {"steps": [], "forwards": []}
-    gc.collect()
-    gc.disable()
-    try:
-        turns = list(right.items())
-        order = random.Random(0)
+    for name in _in_turns(right, results, rounds):
+        results[name] = {"error": "recompiled while timed"}
+    return results
+
+
+def _in_turns(
+    programs: Mapping[str, Program], results: dict[str, dict[str, Any]], rounds: int
+) -> set[str]:
+    """Add what is measured to the results; returns the names of those that compiled again."""
+    turns, order, recompiled = list(programs.items()), random.Random(0), set()
+    with _collected_between_rounds() as collect:
         for _ in range(rounds):
+            collect()
             order.shuffle(turns)
             for name, program in turns:
+                graphs = graphs_captured()
                 timed_step(program)
                 step, forward = timed_step(program)
                 results[name]["steps"].append(step)
                 if forward is not None:
                     results[name]["forwards"].append(forward)
                 program.reset()  # frees its gradients before the next one's turn
+                if graphs_captured() != graphs:
+                    recompiled.add(name)
+    return recompiled
+
+
+@contextlib.contextmanager
+def _collected_between_rounds() -> Iterator[Callable[[], object]]:
+    """Python's collector runs when called, and passes over what is there now: compilers leave a
+    lot, through which it would go each time."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
     finally:
         gc.enable()
-    return results
+        gc.unfreeze()

@@ -1,7 +1,8 @@
 """What runs in a fresh process: ``python -m benchmarks.worker JOB.json RESULT.json``.
 
 A ``probe`` measures one contestant: its cold compile, its memory, what its compilation made, and,
-in an untimed second program, its evaluations. A ``time`` job measures step times of all of them.
+where that is asked for, whether its results are right and, in an untimed second program, its
+evaluations. A ``time`` job measures step times of all of them.
 """
 
 from __future__ import annotations
@@ -19,66 +20,63 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, Case, Size
-from benchmarks.check import Outcome, check, outcome_of
+from benchmarks.check import Expected, changed_outcome_of, check, expected_of, outcome_of
 from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.counting import COUNTS
 from benchmarks.errors import first_line
+from benchmarks.files import write_json
 from benchmarks.measure import compilation, free_at_once, peak_memory, timed_step
-from benchmarks.programs import Setting, program, reference
+from benchmarks.programs import Setting, program
 from benchmarks.timing import interleaved
+from benchmarks.wake import wake
 
-__all__ = ["main", "probe", "time_all"]
-
-
-def _expected(case: Case, size: Size, setting: Setting, contestant: Contestant) -> Outcome:
-    sharing = contestant.shares_on_request
-    return outcome_of(reference(case, size, setting, sharing=sharing))
-
-
-def _wake_compiler(contestant: Contestant, setting: Setting) -> None:
-    """Import the compiler and let it look at the machine: that is no program's compile time."""
-    if contestant.compiler == "jax":
-        import jax
-
-        jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
-    elif contestant.compiler is not None:
-        with torch.no_grad():
-            torch.compile(lambda x: x + 1)(torch.ones(8, device=setting.device))
+__all__ = ["count", "main", "probe", "time_all"]
 
 
 def probe(
-    case: Case, contestant: Contestant, size: Size, setting: Setting, code: Path | None = None
+    case: Case,
+    contestant: Contestant,
+    size: Size,
+    setting: Setting,
+    code: Path | None = None,
+    *,
+    checked: bool = True,
 ) -> dict[str, Any]:
-    """Everything about one contestant but its step time.
+    """Everything about one contestant but its step time and its evaluations.
 
     Args:
         code: a folder, to keep the generated code in.
+        checked: whether to compare its results with eager's.
 
     Raises:
         Exception: whatever the contestant raises; ``check.Wrong`` if its results are not eager's.
     """
     result: dict[str, Any] = {}
     free_at_once()
-    _wake_compiler(contestant, setting)
+    wake(case, contestant, setting)
     made = program(case, contestant, size, setting)
     with compilation() as seen:
         start = time.perf_counter()
-        actual = outcome_of(made)  # on the CPU, hence finished on every device
+        actual = [outcome_of(made)]  # on the CPU, hence finished on every device
         first = time.perf_counter() - start
+    if checked and not made.fixed:
+        actual.append(changed_outcome_of(made))
     if contestant.compiler is not None:
         again = statistics.median(timed_step(made)[0] for _ in range(3))
         result["compile"] = max(0.0, first - again)
     if contestant.compiler in ("inductor", "fxparam"):
-        result["nodes"], result["kernels"] = seen.nodes, seen.kernels
+        result |= {"graphs": seen.graphs, "nodes": seen.nodes, "kernels": seen.kernels}
     # JAX takes a GPU's memory with an allocator of its own.
     hidden = contestant.compiler == "jax" and setting.device == "cuda"
     result["peak"] = None if hidden else peak_memory(made)
     if code is not None and seen.code:
         code.mkdir(parents=True, exist_ok=True)
         text = "\n\n# ---- next graph ----\n\n".join(seen.code)
-        (code / f"{case.name}-{contestant.name}-{setting.device}.py.txt").write_text(text)
-    # Last, for eager's memory is not the contestant's.
-    check(actual, _expected(case, size, setting, contestant), setting.dtype)
+        where = f"{case.name}-{case.grows}{case.knob(size)}"
+        name = f"{where}-{contestant.name}-{setting.device}-{setting.dtype}.py.txt"
+        (code / name).write_text(text)
+    if checked:  # last, for eager's memory is not the contestant's
+        check(actual, expected_of(case, size, setting, sharing=contestant.shares_on_request))
     return result
 
 
@@ -102,16 +100,16 @@ def time_all(
     """Step times, interleaved, of those whose results are eager's."""
     named = {each.name: each for each in contestants}
     # Two at most, whatever the number of contestants.
-    references: dict[bool, Outcome] = {}
+    references: dict[bool, Expected] = {}
 
-    def expected(name: str) -> Outcome:
+    def expected(name: str) -> Expected:
         sharing = named[name].shares_on_request
         if sharing not in references:
-            references[sharing] = _expected(case, size, setting, named[name])
+            references[sharing] = expected_of(case, size, setting, sharing=sharing)
         return references[sharing]
 
     makers = {name: partial(program, case, each, size, setting) for name, each in named.items()}
-    return interleaved(makers, expected, rounds, dtype=setting.dtype)
+    return interleaved(makers, expected, rounds)
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +120,11 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     (contestant,) = contestants
     code = Path(job["code"]) if job.get("code") else None
     try:
-        result = probe(case, contestant, size, setting, code)
+        result = probe(case, contestant, size, setting, code, checked=job["whole"])
     except Exception as error:
         return {"error": first_line(error)}
+    if not job["whole"]:
+        return result
     try:
         result["evaluations"] = count(case, contestant, size, setting)
     except Exception as error:
@@ -137,7 +137,9 @@ def main(arguments: list[str]) -> int:
     job, target = Path(arguments[0]), Path(arguments[1])
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    target.write_text(json.dumps(_run(json.loads(job.read_text()))))
+    # Convolutions as precise as matrix products are by default.
+    torch.backends.cudnn.allow_tf32 = False
+    write_json(target, _run(json.loads(job.read_text())))
     return 0
 
 

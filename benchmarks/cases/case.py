@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Case", "Size", "inference_step", "loss_of", "training_step"]
+__all__ = ["Case", "Size", "inference_step", "loss_of", "precise", "training_step"]
 
 Inputs = tuple[Tensor, ...]
 Run = Callable[..., Any]
@@ -43,7 +43,12 @@ TINY = Size(steps=4, layers=2, width=8, batch=2)
 def loss_of(outputs: Any) -> Tensor:
     """One number that depends on every output; outside of what is compiled, as in most training."""
     tensors = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return torch.stack([t.float().square().mean() for t in tensors]).sum()
+    return torch.stack([precise(t).square().mean() for t in tensors]).sum()
+
+
+def precise(t: Tensor) -> Tensor:
+    """In float32, or what is more precise: results are checked against the model in float64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def training_step(
@@ -78,7 +83,7 @@ class Case:
     effects: whether an evaluation writes buffers. Then one that is shared is another program than
         the one as written, and contestants that share are checked against eager under ``cached()``.
     exported: whether what is compiled is exported and goes to AOTInductor.
-    fullgraph: as ``torch.compile``'s, for every contestant that compiles.
+    fullgraph: as ``torch.compile``'s, for every contestant that compiles: a break is an error.
     scope: what fxparam can be asked for here, beyond what it does unasked.
     step, by_hand_step: what is timed; the second for the source hoisted by hand, if it differs.
     jax: ``(parameters, inputs, by_hand) -> output`` in JAX, from parameters under torch's names.
@@ -96,7 +101,7 @@ class Case:
     train: bool = True
     effects: bool = False
     exported: bool = False
-    fullgraph: bool = False
+    fullgraph: bool = True
     scope: Literal["cached", "fold"] | None = None
     step: Step | None = None
     by_hand_step: Step | None = None

@@ -74,7 +74,6 @@ CASES = [
         by_hand=ScanByHand,
         inputs=sequence,
         grows="steps",
-        fullgraph=True,  # without, Inductor cannot train through a scan
         jax=jax_recurrent.scan,
         quick=True,
     ),
