@@ -199,13 +199,13 @@ def _checkpointed(m: _Module, x: Tensor) -> Tensor:
 
 
 def _autocast_by_default(m: _Module, x: Tensor) -> Tensor:
-    p, y = 0.1 * m.p.float(), 0.1 * x.float()
+    p = 0.1 * m.b.float()
     with torch.autocast("cpu", torch.float16):
-        y = E(p @ p) @ y
+        x = E((p @ p).double()) @ x
         with torch.autocast("cpu", enabled=False), torch.autocast("cpu"):
-            y = E(p @ p) @ y  # float16, the dtype that was set last
+            x = E((p @ p).double()) @ x  # float16, the dtype that was set last
     with torch.autocast("cpu"):
-        return (E(p @ p) @ y).to(x.dtype)
+        return E((p @ p).double()) @ x
 
 
 def _original_is_given_other_memory(m: _Module, x: Tensor) -> Tensor:
