@@ -23,6 +23,7 @@ from fxparam.graph.evaluations import Evaluation, evaluations
 from fxparam.graph.legality import Rule
 from fxparam.graph.motion import Moved, move_out
 from fxparam.graph.nodes import body_of
+from fxparam.graph.operands import lay_gradients_out_alike
 from fxparam.graph.regions import check_regions, share_regions
 from fxparam.graph.report import Report, make_report
 from fxparam.graph.scopes import scopes_of
@@ -98,6 +99,7 @@ def hoist(
     check_regions(scopes)
     if changed:
         changed |= copy_aliases(scopes)
+        lay_gradients_out_alike(scopes, changed)
     refusals: dict[Node, Rule] = dict(step.refusals)
     for result in shared.values():
         refusals.update(result.refusals)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from torch.fx import Node
+import torch
+from torch.fx import GraphModule, Node
 
 from fxparam.graph.nodes import meta_with, value_of
-from fxparam.graph.scopes import Context
+from fxparam.graph.scopes import Context, Scope
 
 __all__ = [
     "drop_operands",
+    "lay_gradients_out_alike",
     "merge_operands",
     "used_operands",
     "with_gradient_laid_out_alike",
 ]
+
+_LAID_OUT = "fxparam.laid_out"
 
 
 def merge_operands(contexts: list[Context]) -> int:
@@ -51,7 +55,7 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
     if not value.permute(order).is_contiguous():
         return operand
     back = tuple(order.index(i) for i in range(len(order)))
-    seen = operand
+    seen, last = operand, operand.graph.find_nodes(op="placeholder")[-1]
     for method, argument in (
         ("permute", tuple(order)),
         ("reshape", (-1,)),
@@ -61,10 +65,33 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
         if method == "permute" and argument == tuple(range(len(argument))):
             continue
         value = getattr(value, method)(argument)
-        with operand.graph.inserting_after(seen):
-            seen = operand.graph.call_method(method, (seen, argument))
-        seen.meta = meta_with(operand, value)
+        with operand.graph.inserting_after(last):
+            seen = last = operand.graph.call_method(method, (seen, argument))
+        seen.meta = {**meta_with(operand, value), _LAID_OUT: True}
     return seen
+
+
+def lay_gradients_out_alike(scopes: list[Scope], changed: set[GraphModule]) -> None:
+    """Where a branch was changed, let every operand's gradient have one layout in all branches.
+
+    What repeats in a branch and is shared there sums its gradients in another order, and the sum
+    has the strides of its first term.
+    """
+    calls = [c.current for scope in scopes for c in scope.live if c.call.branches]
+    bodies = {
+        body.module: body.placeholders
+        for call in calls
+        if not changed.isdisjoint(body.module for body in call.bodies)
+        for body in call.bodies
+    }
+    for module, placeholders in bodies.items():
+        for operand in placeholders:
+            readers = [user for user in operand.users if _LAID_OUT not in user.meta]
+            if readers and isinstance(value_of(operand), torch.Tensor):
+                seen = with_gradient_laid_out_alike(operand)
+                for user in readers:
+                    user.replace_input_with(operand, seen)
+        changed.add(module)
 
 
 def used_operands(context: Context) -> set[int]:
