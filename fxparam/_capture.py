@@ -99,7 +99,7 @@ def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cl
             copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "get_attr":
             rename(copies[node], re.sub(r"\W", "_", str(node.target)))
-    flat = next(reversed(gm.graph.nodes)).args[0]
+    flat: Any = gm.graph.output_node().args[0]
     graph.output(
         tree_unflatten([copies[v] if isinstance(v, Node) else v for v in flat], gm._out_spec)
     )
@@ -176,7 +176,7 @@ def _returning(root: Module, names: Sequence[str]) -> Callable[..., Any]:
 
 def _write_rebound(graph: Graph, names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what the graph returns for buffers to the buffers, and return the rest."""
-    output = next(reversed(graph.nodes))
+    output: Any = graph.output_node()
     outputs, values = output.args[0]
     output.args = (outputs,)
     write_rebound(graph, tensors, dict(zip(names, values, strict=True)), _describe_copy)

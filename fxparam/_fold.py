@@ -123,7 +123,7 @@ def _copy_of(module: GraphModule) -> GraphModule:
 
 def _outputs(gm: GraphModule, signature: ExportGraphSignature) -> list[OutputSpec]:
     """The outputs under the names they have now: a value that is returned became an input."""
-    returned = next(reversed(gm.graph.nodes)).args[0]
+    returned: Any = gm.graph.output_node().args[0]
     return [
         replace(spec, arg=TensorArgument(value.name))
         if isinstance(spec.arg, TensorArgument)

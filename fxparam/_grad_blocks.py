@@ -92,7 +92,7 @@ def _hold(gm: GraphModule, node: Node, value: Any) -> None:
 
 def _return_no_more(gm: GraphModule, call: Call, copies: dict[Node, Any]) -> None:
     """Read what a block returns of its values from their copies in front of it."""
-    output = next(reversed(call.bodies[0].module.graph.nodes))
+    output = call.bodies[0].module.graph.output_node()
     returned: Any = output.args[0]
     kept = [i for i, node in enumerate(returned) if node not in copies or node.op == "placeholder"]
     for user in list(call.node.users):

@@ -216,7 +216,7 @@ def _read_a_copy(graph: Graph, name: str, reads: list[Node], copies: dict[Node, 
 
 def _write(graph: Graph, buffer: torch.Tensor, read: Node, value: Node) -> None:
     """Bind a buffer to a value, as far as anyone can see who reads it later."""
-    with graph.inserting_before(next(reversed(graph.nodes))):
+    with graph.inserting_before(graph.output_node()):
         # copy_ would broadcast and cast.
         graph.call_function(
             assert_tensor_metadata, (value, list(buffer.shape)), {"dtype": buffer.dtype}

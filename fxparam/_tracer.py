@@ -107,7 +107,7 @@ class Tracer(torch.fx.Tracer):
 
         write_rebound(graph, tensors, self._state.rebound(), describe)
         keep_old_numbers(graph)
-        output = next(reversed(graph.nodes))
+        output = graph.output_node()
         for node in output.all_input_nodes:
             shown = shown_attribute(node)
             if shown is not None and shown.target in self._made:  # the caller may write to it

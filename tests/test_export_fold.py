@@ -81,6 +81,8 @@ def asks(outputs: Any) -> list[bool]:
     return [y.requires_grad for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
+# torch 2.11 warns of what it loads from a file.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("run", [in_turn, without_grad, returned], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("wrap", WRAPS)

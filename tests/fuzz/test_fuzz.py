@@ -16,8 +16,8 @@ from tests.fuzz.run import load
 
 _SLICES = 12
 _SLICE = 25
-# A value left a loop with what may raise; came out of a body after its reader; gave the gradients of
-# two branches different strides.
+# A value left a loop with what may raise; came out of a body after its reader; gave two branches
+# gradients of different strides.
 _WERE_NOT = (487, 611, 1857)
 
 

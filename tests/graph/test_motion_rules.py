@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxparam
 from fxparam.graph import HoistResult, Rule, hoist
+from tests import helpers
 
 E = torch.matrix_exp
 
@@ -337,6 +338,7 @@ def _root_without_a_gradient(m: _Root, x: Tensor) -> tuple[Tensor]:
 
 @pytest.mark.parametrize("body", [_root_in_the_branch_not_taken, _root_without_a_gradient])
 def test_no_gradient_does_not_become_one_of_zeros(body: Callable[..., Any]) -> None:
+    helpers.skip_unless_scans_train()
     torch.compiler.reset()
     model = _Root(body)
     run = torch.compile(model, backend=fxparam.backend("aot_eager"), fullgraph=True)
