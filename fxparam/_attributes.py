@@ -54,7 +54,12 @@ class Attributes:
     def _now(self) -> list[tuple[list[Any], Any]]:
         """What the attributes hold, as leaves and structure."""
         return [
-            tree_flatten({k: v for k, v in vars(module).items() if k not in _STANDARD})
+            tree_flatten(
+                [
+                    {k: v for k, v in vars(module).items() if k not in _STANDARD},
+                    dict(module._buffers),  # which forward may bind anew
+                ]
+            )
             for module in self._modules
         ]
 

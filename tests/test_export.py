@@ -468,3 +468,23 @@ def test_folding_a_decomposed_program_that_writes_is_refused() -> None:
     program = torch.export.export(layer, (torch.ones(2, 4),)).run_decompositions()
     with pytest.raises(ValueError, match="found: weight: the evaluation writes"):
         fxparam.fold(program)
+
+
+class _Rebinding(nn.Module):
+    """Counts its evaluations in a buffer that it binds anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n = self.n + 1
+        return x * self.n
+
+
+def test_evaluations_that_rebind_a_buffer_are_traced_one_by_one() -> None:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", _Rebinding(), unsafe=True)
+    model, x = nn.Sequential(layer, layer), torch.randn(2, 3, dtype=torch.float64)
+    expected = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close(fxparam.export(model, (x,)).module()(x), expected)
