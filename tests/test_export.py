@@ -488,3 +488,21 @@ def test_evaluations_that_rebind_a_buffer_are_traced_one_by_one() -> None:
     model, x = nn.Sequential(layer, layer), torch.randn(2, 3, dtype=torch.float64)
     expected = torch.export.export(model, (x,)).module()(x)
     torch.testing.assert_close(fxparam.export(model, (x,)).module()(x), expected)
+
+
+class _StraightThrough(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (torch.round(4 * x) / 4 - x).detach()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_a_detach_in_a_parametrization_stays(strict: bool) -> None:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", _StraightThrough())
+    model, x = nn.Sequential(layer, layer), torch.randn(2, 3, dtype=torch.float64)
+    original = layer.parametrizations.weight.original
+    (expected,) = torch.autograd.grad(model(x).sum(), original)
+    program = fxparam.export(model, (x,), strict=strict).module()
+    program(x).sum().backward()
+    (actual,) = (p.grad for n, p in program.named_parameters() if n.endswith("original"))
+    torch.testing.assert_close(actual, expected)

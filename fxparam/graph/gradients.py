@@ -9,9 +9,9 @@ from fxparam.graph.effects import EffectTable
 from fxparam.graph.modes import grad_may_be_enabled
 from fxparam.graph.nodes import tensors_in, value_of
 
-__all__ = ["is_tracked", "reached_by_gradients"]
+__all__ = ["DETACHES", "is_tracked", "reached_by_gradients"]
 
-_DETACHES = {"detach", torch.detach, torch.ops.aten.detach.default}
+DETACHES = {"detach", torch.detach, torch.ops.aten.detach.default}
 
 
 def reached_by_gradients(graph: Graph, table: EffectTable) -> set[Node]:
@@ -32,7 +32,7 @@ def reached_by_gradients(graph: Graph, table: EffectTable) -> set[Node]:
 def _stops_gradients(node: Node, table: EffectTable) -> bool:
     if node.op == "output":
         return False
-    if node.target in _DETACHES:
+    if node.target in DETACHES:
         return True
     tensors = tensors_in(value_of(node))
     whole = not any(t.is_floating_point() or t.is_complex() for t in tensors)

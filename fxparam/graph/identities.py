@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.effects import analyze
 from fxparam.graph.evaluations import owner
+from fxparam.graph.gradients import DETACHES
 from fxparam.graph.nodes import value_of
 
 __all__ = ["drop_identities"]
@@ -23,8 +24,8 @@ def drop_identities(gm: GraphModule) -> None:
     """Use the argument in place of a view of all of it, in the evaluations of an ATen graph."""
     table = analyze(gm)
     for node in list(gm.graph.nodes):
-        if owner(node) is None or len(node.all_input_nodes) != 1:
-            continue
+        if owner(node) is None or len(node.all_input_nodes) != 1 or node.target in DETACHES:
+            continue  # a detach is no identity in backward, of which export's metadata say nothing
         argument = node.all_input_nodes[0]
         effects, source = table.of[node], table.of[argument]
         same_memory = effects.pure and effects.values == source.values
