@@ -17,7 +17,7 @@ from fxparam._constants import Constants, shown_attribute
 from fxparam._grad_mode import record_grad_mode, replaced
 from fxparam._inplace import Recorded, keep_old_numbers, written_argument
 from fxparam._known import Known, Propagation, is_constant
-from fxparam._private import call_with_hooks
+from fxparam._private import call_with_hooks, tree_flatten
 from fxparam._rebound import CannotRebindError, State, write_rebound
 
 __all__ = ["Tracer"]
@@ -77,6 +77,8 @@ class Tracer(torch.fx.Tracer):
         )
         self._made: set[str] = set()  # names of constants
         try:
+            if isinstance(root, Module):
+                _check_backward_hooks(root)
             with self._recording():
                 graph = super().trace(root, concrete_args)
             self._finish(graph, tensors)
@@ -96,6 +98,7 @@ class Tracer(torch.fx.Tracer):
         with (
             record_grad_mode(lambda: self.graph, paused),
             replaced(Module, "__setattr__", self._assigning(Module.__setattr__)),
+            replaced(torch.autograd.Function, "apply", _refusing_functions()),
             _no_other_modes(self._known),
             self._constants,
         ):
@@ -134,6 +137,8 @@ class Tracer(torch.fx.Tracer):
         """Trace a call, and name the module in the error if that cannot be done."""
         depth = len(self.module_stack)
         try:
+            if not self.is_leaf_module(m, self.path_of_module(m)):
+                _check_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         except _CannotTraceError:
             raise
@@ -220,6 +225,24 @@ class _CannotTraceError(TraceError):
             "Give fxparam.symbolic_trace example_inputs=, or make the module a leaf "
             "(fxparam.Tracer.is_leaf_module)."
         )
+
+
+def _check_backward_hooks(module: Module) -> None:
+    """Raise for hooks that torch hangs on the tensors of a call, of which there are none here."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise NotImplementedError("a backward hook on the module, which would be lost")
+
+
+def _refusing_functions() -> Any:
+    """An ``apply`` that raises for proxies: what they leave in the graph is the forward alone."""
+    original: Any = torch.autograd.Function.apply
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, Proxy) for leaf in tree_flatten((args, kwargs))[0]):
+            raise NotImplementedError(f"{cls.__name__}, whose backward would be lost")
+        return original.__func__(cls, *args, **kwargs)
+
+    return classmethod(apply)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import Parameter
 
@@ -49,6 +50,12 @@ class _FakeRun(Interpreter):
         if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", None) is self._mode:
             return value
         return self._mode.from_tensor(value)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a module on fakes of its tensors: a fake mode computes with small real ones."""
+        module: Any = super().fetch_attr(target)
+        held = (*module.named_parameters(), *module.named_buffers())
+        return functional_call(module, {n: self._fake(t) for n, t in held}, args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         return self._fake(super().fetch_attr(target))

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fxparam
 import fxparam.parametrize as ours
 from tests import helpers
+from tests.fuzz.pieces import Symmetric, Transposed
 
 
 @pytest.fixture(autouse=True)
@@ -632,14 +633,6 @@ def test_a_read_of_which_nothing_is_made_is_not_refused(run: Callable[..., Tenso
 
 
 def test_what_comes_out_of_a_body_is_not_taken_from_what_is_evaluated_after_it() -> None:
-    class Transposed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mT
-
-    class Symmetric(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.triu() + x.triu(1).mT
-
     layer = nn.Linear(3, 3, dtype=torch.float64)
     for step in (Transposed(), Symmetric()):
         ours.register_parametrization(layer, "weight", step)

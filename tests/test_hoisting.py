@@ -138,3 +138,65 @@ def test_modules_keep_nothing_of_the_run() -> None:
         assert vars(module).get("outputs", []) == []
     after = [buffer for module in model.modules() for buffer in module._buffers.values()]
     assert all(a is b for a, b in zip(after, buffers, strict=True))
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class _CountsIsLeaf(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.BatchNorm1d, _Counts))
+
+
+def test_modules_do_not_count_the_run() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), _Counts())
+    gm = GraphModule(model, _CountsIsLeaf().trace(model))
+    fxparam.hoist(gm, (torch.randn(2, 3),))
+    assert model[0].num_batches_tracked == 0 and model[1].calls == 0
+
+
+_HELD: list[Tensor] = []
+
+
+def _fetch(x: Tensor) -> Tensor:
+    return _HELD[0]
+
+
+torch.fx.wrap("_fetch")
+
+
+class _WritesWhatItFetches(_Model):
+    def forward(self, x: Tensor) -> Tensor:
+        found = _fetch(x)
+        y = E(self.p) @ x
+        found.mul_(0.5)
+        return E(self.p) @ y
+
+
+class _WritesItsInput(_Model):
+    def forward(self, given: Tensor, x: Tensor) -> Tensor:
+        y = E(self.p) @ x
+        given.mul_(0.5)
+        return E(self.p) @ y
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "example inputs"])
+@pytest.mark.parametrize("kind", [_WritesWhatItFetches, _WritesItsInput])
+def test_an_original_may_be_written_under_another_name(kind: type[_Model], known: bool) -> None:
+    model, x = kind(None).requires_grad_(False), torch.randn(3, 3, dtype=torch.float64)
+    start = model.p.clone()
+    _HELD[:] = [model.p]
+    given = (model.p, x) if kind is _WritesItsInput else (x,)
+    expected = model(*given)
+    model.p.copy_(start)
+    gm = torch.fx.symbolic_trace(model)
+    fxparam.hoist(gm, given if known else None)
+    model.p.copy_(start)
+    assert_close(gm(*given), expected)

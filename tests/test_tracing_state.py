@@ -444,3 +444,33 @@ def test_grad_modes_as_in_eager(
     for run in (gm, pickle.loads(pickle.dumps(gm))):
         for enabled in (True, False):
             assert _under(run, enabled) == _under(model, enabled)
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_a_custom_backward_is_not_lost() -> None:
+    model = Model(lambda m, x: _RoundThrough.apply(m.cell(x)))
+    with pytest.raises(TraceError, match="_RoundThrough, whose backward would be lost"):
+        _traced(model, example=False)
+    twin = copy.deepcopy(model)
+    _traced(twin, example=True)(X).sum().backward()
+    model(X).sum().backward()
+    for actual, expected in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("where", ["", "cell"])
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_is_not_lost(kind: str, where: str) -> None:
+    model = Model(lambda m, x: m.cell(x))
+    getattr(model.get_submodule(where), kind)(lambda module, grads, *_: grads)
+    with pytest.raises(TraceError, match="a backward hook on the module"):
+        _traced(model, example=False)

@@ -54,11 +54,8 @@ def _is_somebodys(target: object) -> bool:
     """Whether a function runs code that the graph does not show.
 
     Dynamo wraps what it was told not to look into (``allow_in_graph``, ``nonstrict_trace``), which
-    may be an ``autograd.Function``; symbolic tracing calls one by its ``apply``.
+    may be an ``autograd.Function``.
     """
-    of = getattr(target, "__self__", None)
-    if isinstance(of, type) and issubclass(of, torch.autograd.Function):
-        return True
     return str(getattr(target, "__module__", "")).startswith("torch._dynamo")
 
 

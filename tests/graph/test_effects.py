@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxparam.graph import Effects, analyze, ops
 
@@ -144,6 +145,39 @@ def _writes_its_first(x: Tensor) -> None:
 def test_custom_ops_do_what_they_declare() -> None:
     effects, storage = _last(_function(torch.ops.fxparam_test.writes_its_first.default))
     assert storage in effects.writes
+
+
+def test_what_cannot_run_on_fakes_writes_what_it_declares() -> None:
+    graph = torch.fx.Graph()
+    scale, picked = graph.placeholder("scale"), graph.placeholder("picked")
+    product = graph.call_function(torch.mul, (scale, picked))
+    graph.output(product)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        scale.meta["example_value"] = torch.empty(())
+        picked.meta["example_value"] = torch.empty(3)[torch.empty(3) > 0]  # of a size not known
+        product.meta["example_value"] = scale.meta["example_value"] * picked.meta["example_value"]
+    effects = analyze(torch.fx.GraphModule({}, graph)).of[product]
+    assert not effects.known and not effects.writes
+
+
+def test_results_of_a_function_that_are_views_of_each_other_are_written_together() -> None:
+    forward = torch.fx.Graph()
+    doubled = forward.call_method("mul", (forward.placeholder("x"), 2))
+    forward.output(((doubled, forward.call_function(getattr, (doubled, "mT"))), ()))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    bodies = [graph.get_attr(name) for name in ("fwd", "bwd")]
+    both = graph.call_function(torch.ops.higher_order.autograd_function_apply, (*bodies, x))
+    graph.output(both)
+    with FakeTensorMode():
+        fake = torch.empty(3, 3)
+        for node in (*forward.find_nodes(op="placeholder"), doubled, x):
+            node.meta["example_value"] = fake if node.op == "placeholder" else fake * 2
+        next(iter(doubled.users)).meta["example_value"] = doubled.meta["example_value"].mT
+        both.meta["example_value"] = (torch.empty(3, 3), torch.empty(3, 3))
+    body = torch.fx.GraphModule({}, forward)
+    one, other = analyze(torch.fx.GraphModule({"fwd": body, "bwd": body}, graph)).of[both].values
+    assert one & other
 
 
 def test_what_is_not_torchs_may_write_anything() -> None:
