@@ -44,16 +44,20 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
     """
     args, state = _distinct(tuple(example_inputs), root), State(root)
     tensors, enabled = state.tensors, torch.is_grad_enabled()
-    gm, rebound = _export(root, args, state, enabled)
-    call = root
+    # Dynamo exports a module by its forward alone, and with hooks around it fails.
+    hooked = isinstance(root, Module) and (root._forward_hooks or root._forward_pre_hooks)
+    call = (lambda *args: root(*args)) if hooked else root
+    gm, rebound = _export(call, args, state, enabled)
     if rebound:
         call = _returning(root, rebound)
         gm, _ = _export(call, args, state, enabled)
     try:
-        opposite = _export(call, args, state, not enabled)[0].graph
+        opposite = _export(call, args, state, not enabled)[0]
     except Exception:  # the model may work in one mode alone
         opposite = None
-    switch_grad_mode(gm.graph, opposite, enabled)
+    if opposite is not None and not enabled and _has_backward(opposite):
+        gm, opposite, enabled = opposite, gm, True
+    switch_grad_mode(gm.graph, None if opposite is None else opposite.graph, enabled)
     names = _names(root)
     for node in gm.graph.find_nodes(op="get_attr"):
         value = getattr(gm, str(node.target), None)
@@ -64,6 +68,13 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
         _write_rebound(gm.graph, rebound, tensors)
     keep_old_numbers(gm.graph)
     return gm
+
+
+def _has_backward(gm: GraphModule) -> bool:
+    """Whether a graph has a custom ``autograd.Function``: without gradients Dynamo inlines it."""
+    bodies = (body for body in gm.modules() if isinstance(body, GraphModule))
+    names = {getattr(n.target, "__name__", "") for body in bodies for n in body.graph.nodes}
+    return "autograd_function_apply" in names
 
 
 def _export(

@@ -25,7 +25,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
-from fxparam._grad_blocks import pull_evaluations, readers
+from fxparam._mode_blocks import drop_unread_bodies, pull_evaluations, readers
 from fxparam._parts import IN_A_BODY, evaluated_tensor, refusal, values_of
 from fxparam._private import rename
 from fxparam.graph import hoist
@@ -259,9 +259,6 @@ def _drop_originals(
         if original and not node.users and specs[node].kind in _HELD:
             gm.graph.erase_node(node)
             del specs[node]
-    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
-    for name, _ in list(gm.named_children()):
-        if name not in read:
-            delattr(gm, name)
+    drop_unread_bodies(gm)
     gm.graph.lint()
     gm.recompile()

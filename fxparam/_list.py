@@ -11,6 +11,7 @@ from torch.nn import Module, ModuleList, Parameter
 from torch.nn.utils import parametrize as torch_parametrize
 
 from fxparam import _checks, _originals
+from fxparam._undo import unchanged_if_refused
 
 __all__ = ["ParametrizationList"]
 
@@ -128,6 +129,13 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
             >>> layer.parametrizations.bias.original.item()
             0.5
         """
+        if torch.compiler.is_compiling():
+            self._assign(value)
+        else:
+            with unchanged_if_refused(self):
+                self._assign(value)
+
+    def _assign(self, value: Tensor) -> None:
         new = _originals.right_inverses(self._steps(), value, required=True)
         values = _checks.assigned_originals(self, new)
         writes, nested = _originals.Writes(), {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as torch_map
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -241,6 +243,55 @@ def test_unflattens_into_modules(wrap: Any, training: bool) -> None:
         torch.testing.assert_close(run(x), expected)
 
 
+class _Thrice(nn.Module):
+    """A module of the root, called where its evaluations are cut in pieces."""
+
+    def __init__(self, wrap: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell = wrap(nn.Linear(4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.cell(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        partial(orthogonal, orthogonal_map="householder"),
+        spectral_norm,
+        lambda layer: spectral_norm(weight_norm(layer)),
+    ],
+    ids=["householder", "spectral norm", "spectral and weight norm"],
+)
+def test_unflattens_evaluations_in_pieces(wrap: Any) -> None:
+    model = _Thrice(wrap)
+    run = torch.export.unflatten(fxparam.export(copy.deepcopy(model), (_x(),)))
+    x = _x()
+    torch.testing.assert_close(run(x), model(x))
+
+
+def test_unflattens_what_a_body_evaluated_at_random() -> None:
+    """Non-strict export says of no node in a body which module it is in."""
+
+    class OverRows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(4, 4, dtype=torch.float64)
+            random_mask(self.cell, "weight")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch_map(lambda row: self.cell(row) + 1, x.sin())
+
+    model, x = OverRows(), _x()
+    run = torch.export.unflatten(fxparam.export(model, (x,)))
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(x), expected)
+
+
 def test_in_a_region_of_the_user() -> None:
     model = Cell(ours)
     fxparam.adopt(model)
@@ -267,6 +318,7 @@ def test_out_of_bodies(body: Any) -> None:
         folded = fxparam.fold(program)
         runs_equal(folded, model, x)
     assert sorted(folded.state_dict) == ["cell.bias", "cell.weight", "state"]
+    torch.testing.assert_close(torch.export.unflatten(program)(x), model(x))
 
 
 def test_dynamic_shapes_keywords_and_mutations_survive() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,6 +70,7 @@ def returned(net: Any, x: Tensor) -> Any:
 WRAPS = {
     "weight norm": weight_norm,
     "orthogonal": orthogonal,
+    "householder": partial(orthogonal, orthogonal_map="householder"),
     "nested": nested,
     "masked": parametrized(Masked()),
     "identity": parametrized(nn.Identity()),
@@ -104,6 +107,34 @@ def test_a_folded_program_is_one_with_plain_weights(wrap: str, run: Any, frozen:
         runs_equal(fxparam.fold(folded), model, X)
         runs_equal(saved_and_loaded(folded), model, X)
         torch.testing.assert_close(torch.export.unflatten(folded)(X), model(X))
+
+
+def under_autocast(net: Any, x: Tensor) -> Any:
+    y = net.a(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, v = net.a(x), net.a.weight @ net.b.weight
+        with torch.no_grad():
+            u = net.b(x)
+        with torch.autocast("cpu", enabled=False):
+            t = net.a(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return y, z, v, u, t, net.b(x), net.b.weight, net.a.weight * 1
+
+
+@pytest.mark.parametrize("wrap", ["weight norm", "orthogonal", "householder", "nested", "masked"])
+def test_folds_what_autocast_evaluates(wrap: str) -> None:
+    model = Net(WRAPS[wrap], under_autocast).eval().float()
+    x = X.float()
+    program = torch.export.export(model, (x,))
+    folded = fxparam.fold(program)
+    runs_equal(folded, model, x)
+    assert "parametrizations" not in folded.graph_module.code
+    assert all(re.fullmatch(r"[ab]\.(bias|weight)(_\d)?", name) for name in folded.state_dict)
+    # In torch's program the block of no_grad in the one of autocast asks for a gradient.
+    assert asks(folded.module()(x)) == asks(program.module()(x))
+    runs_equal(fxparam.fold(folded), model, x)
+    runs_equal(saved_and_loaded(folded), model, x)
+    torch.testing.assert_close(torch.export.unflatten(folded)(x), model(x))
 
 
 @pytest.mark.parametrize("wrap", ["weight norm", "nested"])

@@ -182,6 +182,37 @@ def test_refused_assignment(parametrization: Any, error: type[Exception], words:
             assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+class _Remembers(nn.Module):
+    """Two originals, and the last value that was assigned, which may be one too few."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 2))
+        self.assigned = 0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
+        self.last.copy_(value)
+        self.assigned += 1
+        return (value, torch.zeros_like(value))[: 2 if value.any() else 1]
+
+
+def test_a_refused_assignment_leaves_no_trace_in_buffers() -> None:
+    layer = nn.Linear(2, 2)
+    ours.register_parametrization(layer, "weight", _Remembers())
+    layer.weight = torch.eye(2)
+    step = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+    assigned = step.assigned
+    with pytest.raises(ValueError, match="length"):
+        layer.weight = torch.zeros(2, 2)
+    assert torch.equal(step.last, torch.eye(2)) and step.assigned == assigned
+    assert torch.equal(layer.weight, torch.eye(2))
+
+
 def test_assignment_not_implemented() -> None:
     for api in (torch_parametrize, ours):
         layer = zoo.linear()

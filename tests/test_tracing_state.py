@@ -348,6 +348,43 @@ def test_hooks_on_the_model_itself(example: bool) -> None:
     assert "forward" not in vars(model)
 
 
+class _Tenfold(torch.autograd.Function):
+    """A backward that is not the one of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * 10
+
+
+class _CallsTenfold(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = weight_norm(nn.Linear(3, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        return _Tenfold.apply(self.cell(x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_custom_backward_is_there_when_traced_without_gradients(hooked: bool) -> None:
+    model = _CallsTenfold()
+    if hooked:
+        model.register_forward_hook(lambda m, args, y: y * 3)
+    with torch.no_grad():
+        gm = fxparam.symbolic_trace(model, example_inputs=(X,))
+        torch.testing.assert_close(gm(X), model(X))
+    found = []
+    for run in (gm, model):
+        x = X.clone().requires_grad_()
+        run(x).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("region", ["checkpoint", "cond"])
 def test_pickled_bodies_run_what_they_are_made_of(region: str) -> None:
     def body(m: Any, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ _LAYOUTS = {
     "while_loop": _Layout(bodies=(0, 1), varying=(2,), operands=3, always=(0,)),
     "cond": _Layout(bodies=(1, 2), varying=(), operands=3, branches=True),
     "wrap_with_set_grad_enabled": _Layout((1,), (), 2, spread=True, always=(1,), inlined=True),
+    "wrap_with_autocast": _Layout((4,), (), 5, spread=True, always=(4,), inlined=True),
     "wrap": _Layout((0,), (), 1, spread=True, always=(0,), inlined=True),
     "tag_activation_checkpoint": _Layout((0,), (), 1, spread=True, always=(0,), inlined=True),
     "invoke_subgraph": _Layout((0,), (), operands=2, spread=True, always=(0,)),

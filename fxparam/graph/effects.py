@@ -38,7 +38,6 @@ __all__ = ["EffectTable", "Effects", "analyze"]
 _RUNS_BODIES = {
     "autograd_function_apply",
     "wrap_activation_checkpoint",
-    "wrap_with_autocast",
 }
 
 
@@ -290,6 +289,8 @@ class _Analysis:
             modes = self.modes.fork()
             if call.op == "wrap_with_set_grad_enabled":
                 modes.set_grad(call.node.args[0])
+            elif call.op == "wrap_with_autocast":
+                modes.set_autocast(*call.node.args[:3])
             tables.append(_Analysis(body.module, modes, self.numbers, inputs).run())
         self.table.calls[call.node] = (call, tuple(tables))
         inside = [e for table in tables for e in table.of.values()]

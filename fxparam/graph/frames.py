@@ -25,11 +25,13 @@ def call_from_root(gm: GraphModule, lifted: list[Node]) -> None:
         gm: a graph that export captured.
         lifted: its prologue, as :func:`fxparam.graph.prologue.lift` returns it.
     """
-    stacks = [
-        node.meta["nn_module_stack"] for node in gm.graph.nodes if "nn_module_stack" in node.meta
-    ]
+    stacks = [stack for n in gm.graph.nodes if (stack := n.meta.get("nn_module_stack"))]
     root = dict(list(stacks[0].items())[:1]) if stacks else {}
-    runs = Counter(site for site, _ in groupby(map(owner, gm.graph.nodes)))
+    _place_before_users(gm, set(lifted))
+    at_front = set(lifted)
+    runs = Counter(
+        site for (site, _), _ in groupby((owner(n), n in at_front) for n in gm.graph.nodes)
+    )
     for node in lifted:
         site = owner(node)
         if site is None or runs[site] > 1:
@@ -41,3 +43,15 @@ def call_from_root(gm: GraphModule, lifted: list[Node]) -> None:
             **root,
             **{k: v for k, v in stack.items() if k not in outside},
         }
+
+
+def _place_before_users(gm: GraphModule, at_front: set[Node]) -> None:
+    """Give nodes out of a body, which non-strict export gives no stack, that of what follows."""
+    following: dict[str, object] = {}
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op in ("placeholder", "output"):
+            continue
+        stack = node.meta.get("nn_module_stack")
+        if not stack and node not in at_front and following:
+            node.meta["nn_module_stack"] = dict(following)
+        following = stack or following

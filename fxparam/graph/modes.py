@@ -103,7 +103,7 @@ class ModeStack:
         elif name == "is_grad_enabled":
             self._asked[node] = self._grad
         elif name == "_enter_autocast":
-            self._entered.append((name, self._set_autocast(*node.args)))
+            self._entered.append((name, self.set_autocast(*node.args)))
         elif name in _PAIRS:
             by_value = name in _BY_VALUE
             self._entered.append((name, literal_key(node.args) if by_value else next(self._fresh)))
@@ -115,7 +115,14 @@ class ModeStack:
             self._base = next(self._fresh)
         return True
 
-    def _set_autocast(
+    def set_grad(self, mode: object) -> None:
+        """The grad mode becomes what a literal names, or what it was where it was asked for."""
+        if isinstance(mode, Node) and mode in self._asked:
+            self._grad = self._asked[mode]
+        else:
+            self._grad = mode if isinstance(mode, bool) else next(self._fresh)
+
+    def set_autocast(
         self, device: Any, dtype: Any = None, enabled: Any = True, *_: Any
     ) -> tuple[str, _Autocast]:
         """Switch a device's autocast; gives the device, and what it was."""
@@ -129,13 +136,6 @@ class ModeStack:
 
     def _put_back(self, device: str, state: _Autocast) -> None:
         self._autocast[device] = state
-
-    def set_grad(self, mode: object) -> None:
-        """The grad mode becomes what a literal names, or what it was where it was asked for."""
-        if isinstance(mode, Node) and mode in self._asked:
-            self._grad = self._asked[mode]
-        else:
-            self._grad = mode if isinstance(mode, bool) else next(self._fresh)
 
 
 def _autocast_on_entry(device: str, now: bool) -> _Autocast:
