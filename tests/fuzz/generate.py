@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tests.fuzz.grammar import Writer
+from tests.fuzz.grammar import Writer, detached_in_a_branch, gradient_in_the_graph
 from tests.fuzz.program import Holder, Link, Program
 
 _PURE = (
@@ -17,6 +17,8 @@ _FIRST = ("orthogonal", "cayley", "weight_norm", "Product")
 # What a dtype has no kernels for, or too few digits.
 _REAL = {"Softplus", "Normalized", "DropoutMask", *_FIRST, "spectral_norm"} - {"Product"}
 _WIDE = {"Exponential", "orthogonal", "cayley", "spectral_norm"}
+# Its derivative at zero is infinite.
+_STEEP = (Link("Root", 0),)
 
 
 def generate(seed: int) -> Program:
@@ -29,7 +31,7 @@ def generate(seed: int) -> Program:
     inner = rng.choices(["eager", "aot_eager"], [45, 55])[0]
     writer = Writer(rng, holders, dtype=dtype, grad=grad, inner=inner)
     statements = writer.program()
-    return Program(
+    program = Program(
         seed=seed,
         size=rng.choice([2, 3, 3, 4]),
         dtype=dtype,
@@ -40,6 +42,25 @@ def generate(seed: int) -> Program:
         holders=holders,
         statements=statements,
     )
+    return _with_extras(program, Random(f"extras of {seed}"))
+
+
+def _with_extras(program: Program, rng: Random) -> Program:
+    """Now and then a program about gradients; drawn apart, so that seeds keep their programs."""
+    if not program.grad or program.dtype != "float64" or rng.random() > 0.08:
+        return program
+    holders, statements = program.holders, list(program.statements)
+    readable = [h for h in holders if h.name != "singular" and h.stored == "parameter"]
+    if readable and rng.random() < 0.5:
+        extra = gradient_in_the_graph(rng, rng.choice(readable))
+    elif program.inner == "aot_eager":
+        steep = Holder("steep", api=rng.choice(["torch", "fxparam"]), chain=_STEEP, seed=-1)
+        holders += (steep,)
+        extra = detached_in_a_branch(rng, steep)
+    else:
+        return program
+    statements.insert(rng.randrange(len(statements) + 1), extra)
+    return replace(program, holders=holders, statements=tuple(statements))
 
 
 def _holders(rng: Random, barred: set[str], *, singular: float) -> tuple[Holder, ...]:

@@ -373,3 +373,34 @@ def _while_loop(w: Writer, kind: str) -> Statement:
         body += (Line("singular", "h = squash(h @ self.singular.weight)"),)
     call = f"_, h = while_loop(lambda i, h: i < {trips}, {f}, (torch.tensor(0), h))"
     return Block(kind, f"def {f}(i, h):", body, "return i + 1, h + 0", call)
+
+
+def gradient_in_the_graph(rng: Random, holder: Holder) -> Statement:
+    """The gradient of one access, which is not that of all of them."""
+    kind, weight = "gradient in the graph", f"self.{holder.name}.weight"
+    of = rng.choice(["first1", f"self.{holder.name}.{holder.originals[0]}", "first1"])
+    asks = "first1.requires_grad and torch.is_grad_enabled()"
+    taken = f"torch.autograd.grad(loss1, {of}, allow_unused=True, materialize_grads=True)"
+    text = f"""\
+first1, second1 = {weight}, {weight}
+loss1 = squash(h.detach() @ first1 @ second1).square().sum()
+if {asks}:
+    out.append({taken}[0])"""
+    return Line(kind, text)
+
+
+def detached_in_a_branch(rng: Random, holder: Holder) -> Statement:
+    """A value that the branch taken does not differentiate, with an infinite derivative."""
+    weight = f"self.{holder.name}.weight"
+    uses = (f"h = h + {weight}.detach()", f"h = squash(h @ {weight})")
+    which = "h.abs().sum() > -1"
+    if rng.random() < 0.5:
+        uses, which = uses[::-1], "h.abs().sum() < -1"
+    names = ("detaches1", "differentiates1")
+    branches = tuple(
+        Block("branch", f"def {name}(h):", (Line("use", use),), "return h + 0")
+        for name, use in zip(names, uses, strict=True)
+    )
+    read = Line("read original", f"h = h + 0.1 * self.{holder.name}.{holder.originals[0]}")
+    call = f"h = cond({which}, {names[0]}, {names[1]}, h)"
+    return Block("detached in a branch", "", (read, *branches), closing=f"{call}\n{call}")

@@ -55,6 +55,7 @@ PREDICATES: dict[str, tuple[str, str, Mutation]] = {
     "1: literals, types and signs": ("literal_key", _NUMBERING, lambda _: _literals_without_type),
     "1: the same original": ("_key", _NUMBERING, _any_original),
     "1: one backward for all": ("has_one_backward_for_all", _EVERYWHERE, _always(True)),
+    "1: gradients taken in the graph": ("may_a_gradient_be_taken", _EVERYWHERE, _always(False)),
     "2: an original written between": ("is_an_input_written_between", _EVERYWHERE, _always(False)),
     "2: an original written in a body": ("is_an_input_written_inside", _EVERYWHERE, _always(False)),
     "2: an original written around the call": (
@@ -70,6 +71,7 @@ PREDICATES: dict[str, tuple[str, str, Mutation]] = {
     "4: the same modes": ("runs_under_the_same_modes", _EVERYWHERE, _always(True)),
     "5: effects": ("has_effects", _EVERYWHERE, _always(None)),
     "6: runs whenever the call does": ("runs_whenever_the_call_does", _EVERYWHERE, _always(True)),
+    "6: a gradient on every path": ("has_a_gradient_on_every_path", _EVERYWHERE, _always(True)),
 }
 
 

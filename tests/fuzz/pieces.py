@@ -92,6 +92,13 @@ class Inverse(nn.Module):
         return torch.linalg.inv(x)
 
 
+class Root(nn.Module):
+    """Has an infinite derivative at zero: no gradient is not one of zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
 class Mask(nn.Module):
     """Multiplies by a buffer."""
 

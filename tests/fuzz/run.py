@@ -27,6 +27,8 @@ import fxparam
 
 _STEPS = 2
 _RATE = 0.01
+# Autograd in the code that is compiled is then traced, too, where this torch can.
+_CONFIG = {name: True for name in ("trace_autograd_ops",) if hasattr(torch._dynamo.config, name)}
 # Directories of torch that warn about compiling, not about the program.
 _MACHINERY = ("_dynamo", "_functorch", "_inductor", "_higher_order_ops", "fx", "_subclasses", "jit")
 
@@ -97,7 +99,10 @@ def by_fxparam(script: ModuleType, inner: Inner) -> Record:
 
 def _run(script: ModuleType, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Record:
     record = Record()
-    with warnings.catch_warnings(record=True) as caught:
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        torch._dynamo.config.patch(_CONFIG),
+    ):
         warnings.simplefilter("always")
         try:
             model = script.build()

@@ -70,6 +70,17 @@ def test_a_rule_switched_off_is_noticed(rule: str) -> None:
     assert program is not None
 
 
+@pytest.mark.parametrize(
+    ("seed", "predicate"),
+    [(190, "1: gradients taken in the graph"), (474, "6: a gradient on every path")],
+)
+def test_programs_about_gradients_notice(seed: int, predicate: str) -> None:
+    program = generate(seed)
+    assert judge(program).verdict is Verdict.SAME
+    with mutate.without(predicate):
+        assert judge(program).verdict is Verdict.MISMATCH
+
+
 @pytest.mark.parametrize("predicate", mutate.PREDICATES)
 def test_a_predicate_that_is_switched_off_exists(predicate: str) -> None:
     with mutate.without(predicate):
