@@ -26,12 +26,13 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from fxparam._mode_blocks import drop_unread_bodies, pull_evaluations, readers
-from fxparam._parts import IN_A_BODY, evaluated_tensor, refusal, values_of
+from fxparam._parts import IN_A_BODY, UNDER_AUTOCAST, evaluated_tensor, refusal, values_of
 from fxparam._private import rename
-from fxparam.graph import hoist
+from fxparam.graph import analyze, hoist
 from fxparam.graph.bodies import call_of
 from fxparam.graph.derived import PARAMETER
 from fxparam.graph.evaluations import modules_around
+from fxparam.graph.frames import place_before_users
 from fxparam.graph.identities import drop_identities
 from fxparam.graph.nodes import ancestors
 from fxparam.graph.prologue import subgraph
@@ -96,6 +97,7 @@ def fold(program: ExportedProgram) -> ExportedProgram:
     _name_unchanged(gm, specs, state)
     _drop_originals(gm, specs, computed, set(mutations.values()))
     _refuse_originals_of_bodies(gm, specs)
+    place_before_users(gm)
     inputs = [specs[node] for node in gm.graph.find_nodes(op="placeholder")]
     read = {spec.target for spec in inputs}
     gone = {name for name in held if evaluated_tensor(name) is not None and name not in read}
@@ -149,12 +151,20 @@ def _without(
 
 
 def _refuse_originals_of_bodies(gm: GraphModule, specs: dict[Node, InputSpec]) -> None:
-    """Raise if the body of a loop or branch still reads an original: non-strict export says of no
-    node in it whether it evaluates."""
+    """Raise if the body of a loop or branch still reads an original, or what came out of one does:
+    non-strict export says of no node in it whether it evaluates. Export leaves the switches of an
+    autocast that has a body in it, between which nothing is evaluated beforehand."""
+    table = analyze(gm)
+    entry = table.of[next(iter(gm.graph.nodes))].modes
     for node, spec in specs.items():
         tensor = evaluated_tensor(spec.target)
-        if tensor is not None and any(call_of(*each) for each in readers(gm, node)):
-            raise refusal(tensor, IN_A_BODY)
+        if tensor is None:
+            continue
+        for where, reader in readers(gm, node):
+            if call_of(where, reader):
+                raise refusal(tensor, IN_A_BODY)
+            if where is gm and table.of[reader].modes != entry:
+                raise refusal(tensor, UNDER_AUTOCAST)
 
 
 def _evaluate(
@@ -259,6 +269,8 @@ def _drop_originals(
         if original and not node.users and specs[node].kind in _HELD:
             gm.graph.erase_node(node)
             del specs[node]
-    drop_unread_bodies(gm)
+    for module in list(gm.modules()):
+        if isinstance(module, GraphModule):
+            drop_unread_bodies(module)
     gm.graph.lint()
     gm.recompile()

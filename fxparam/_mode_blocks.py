@@ -80,7 +80,7 @@ def pull_evaluations(gm: GraphModule) -> None:
             _enter(body, values)
             _drop_dead(body, first | asserts)
             _set_operands(call, [*call.operands, *map(copies.__getitem__, values)])
-            _place(gm, call)
+        _place(gm, call)
 
 
 def _copy_before(gm: GraphModule, call: Call, values: list[Node], _: dict[Node, str]) -> _Copies:
@@ -199,7 +199,10 @@ def _set_operands(call: Call, operands: list[Any]) -> None:
 
 
 def _place(gm: GraphModule, call: Call) -> None:
-    """Put a block in the module that all nodes in it are in; drop a block without any."""
+    """Put a block in the module that all nodes in it are in; drop a block without any.
+
+    Export puts it where the mode was switched before, which may be inside an evaluation.
+    """
     module = call.node.all_input_nodes[0]
     call.node.prepend(module)  # together, or unflattening would take them for two calls
     inside = [n for n in call.bodies[0].module.graph.nodes if n.op == "call_function"]
@@ -207,7 +210,9 @@ def _place(gm: GraphModule, call: Call) -> None:
         gm.graph.erase_node(call.node)
         gm.graph.erase_node(module)
         return
-    stacks = (n.meta.get("nn_module_stack", {}).items() for n in inside)
+    stacks = [n.meta.get("nn_module_stack", {}).items() for n in inside]
+    if not any(stacks):
+        return
     shared = takewhile(lambda modules: len(set(modules)) == 1, zip(*stacks, strict=False))
     module.meta["nn_module_stack"] = dict(modules[0] for modules in shared)
     call.node.meta["nn_module_stack"] = dict(module.meta["nn_module_stack"])

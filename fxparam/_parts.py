@@ -6,6 +6,7 @@ known by the originals that it is computed from.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping
 
@@ -19,9 +20,10 @@ from fxparam.graph.nodes import is_view, value_of
 from fxparam.graph.prologue import prologue_of
 from fxparam.graph.schemas import writes_nothing
 
-__all__ = ["IN_A_BODY", "evaluated_tensor", "parts_of", "refusal", "values_of"]
+__all__ = ["IN_A_BODY", "UNDER_AUTOCAST", "evaluated_tensor", "parts_of", "refusal", "values_of"]
 
 IN_A_BODY = "the body of a loop or branch evaluates it, or reads an original of it"
+UNDER_AUTOCAST = "it is evaluated under autocast around a loop or branch"
 
 # ``cell.parametrizations.weight.original0``, or a buffer of a parametrization.
 _ORIGINAL = re.compile(r"(.+\.)??parametrizations\.([^.]+)\..+")
@@ -51,19 +53,34 @@ def parts_of(gm: GraphModule, first: set[Node]) -> dict[Node, str]:
         elif node.op in ("call_function", "call_method"):
             if site is not None:
                 parts[node] = site[1]
+            elif node.target is operator.getitem and node.args[0] in parts:
+                # Of what a block gives; export places it outside.
+                parts[node] = parts[node.args[0]]
+                sources |= {node: parts[node]} if node.args[0] in sources else {}
             elif node in first:
-                names = {sources[n] for n in node.all_input_nodes if n in sources}
-                if len(names) == 1:
-                    sources[node] = parts[node] = names.pop()
+                read = {n: sources[n] for n in node.all_input_nodes if n in sources}
+                # Tied originals may have the name that they have in another tensor's list.
+                if (
+                    len(set(read.values())) == 1
+                    or read
+                    and all(n.op == "placeholder" for n in read)
+                ):
+                    sources[node] = parts[node] = min(read.values())
     for node in reversed(gm.graph.nodes):
         if owner(node) is not None or node not in first:
             continue
         readers = {parts.get(user) for user in node.users}
         if len(readers) == 1 and None not in readers:
             parts[node] = readers.pop() or ""  # only an evaluation reads it: a constant, say
-        elif node in parts and is_view(node) and None in readers:
+        elif node in parts and is_view(_operation(node)) and None in readers:
             del parts[node]  # a transpose, say, is how the value is used
     return parts
+
+
+def _operation(node: Node) -> Node:
+    """What gives a node's value, perhaps among others."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, Node) else node
 
 
 def values_of(
@@ -146,12 +163,18 @@ def _why(table: EffectTable, node: Node) -> str:
         return Rule.ORIGINAL_WRITTEN.value
     if table.written(effects.storages):
         return Rule.VALUE_WRITTEN.value
+    if effects.modes != table.of[next(iter(table.of))].modes:
+        return UNDER_AUTOCAST
     return "the evaluation depends on the inputs of the program"
 
 
 def refusal(name: str, why: str) -> ValueError:
     """The error that says which tensor cannot be folded, and why."""
-    way_out = "Export the model in eval() mode" if why != IN_A_BODY else "Read it in front of that"
+    way_out = (
+        "Export the model in eval() mode"
+        if why not in (IN_A_BODY, UNDER_AUTOCAST)
+        else "Read it in front of that"
+    )
     return ValueError(
         f"fold evaluates {name} once and for all, which would change the program.\n"
         "required: parametrizations that write nothing, draw no random numbers and depend on "

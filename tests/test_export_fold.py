@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as torch_map
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
@@ -135,6 +138,108 @@ def test_folds_what_autocast_evaluates(wrap: str) -> None:
     runs_equal(fxparam.fold(folded), model, x)
     runs_equal(saved_and_loaded(folded), model, x)
     torch.testing.assert_close(torch.export.unflatten(folded)(x), model(x))
+
+
+class ByItsLargest(nn.Module):
+    """A block in the middle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            largest = x.abs().max()
+        return x / largest
+
+
+class Blocked(nn.Module):
+    """All in a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.tanh() * 2
+
+
+def in_both_branches(net: Any, x: Tensor) -> Any:
+    return torch.cond(x.sum() > 0, lambda x: net.a(x), lambda x: net.a(x) * 2, (x,))
+
+
+def just_before_a_block(net: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        k = net.a.weight.sum()
+        w = net.b.weight
+        y = x @ w
+    return x * k, y, net.b(x)
+
+
+def in_blocks_in_each_other(net: Any, x: Tensor) -> Any:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        w = net.a.weight
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        v = net.b.weight
+    return x @ w.double() @ v.double()
+
+
+def in_a_block_of_a_body(net: Any, x: Tensor) -> Any:
+    def row(t: Tensor) -> Tensor:
+        with torch.no_grad():
+            w = net.a.weight
+        return t @ w + t @ net.b.weight
+
+    return torch_map(row, x)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [in_both_branches, just_before_a_block, in_blocks_in_each_other, in_a_block_of_a_body],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("step", [ByItsLargest, Blocked, zoo.Symmetric])
+def test_folds_blocks_in_parametrizations(step: type[nn.Module], run: Any) -> None:
+    model = Net(parametrized(step()), run).eval()
+    program = fxparam.export(model, (X,))
+    runs_equal(program, model, X)
+    torch.testing.assert_close(torch.export.unflatten(copy.deepcopy(program))(X), model(X))
+    for each in (program, torch.export.export(model, (X,))):
+        folded = fxparam.fold(each)
+        runs_equal(folded, model, X)
+        bodies = [m for m in folded.graph_module.modules() if isinstance(m, GraphModule)]
+        assert not any("parametrizations" in body.code for body in bodies)
+        assert not any("parametrizations" in name for name in folded.state_dict)
+        torch.testing.assert_close(torch.export.unflatten(folded)(X), model(X))
+
+
+def test_tied_originals_in_a_body() -> None:
+    """Their names are of two tensors, where only one is evaluated."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = weight_norm(nn.Linear(4, 4, dtype=torch.float64))
+            self.b = nn.Linear(4, 4, dtype=torch.float64)
+            self.b.weight = self.a.parametrizations.weight.original1  # type: ignore[union-attr]
+            parametrize.register_parametrization(self.b, "weight", zoo.Symmetric())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch_map(lambda row: row @ self.a.weight, x)
+
+    model = Tied()
+    for program in (fxparam.export(model, (X,)), torch.export.export(model, (X,))):
+        folded = fxparam.fold(program)
+        runs_equal(folded, model, X)
+        assert "parametrizations" not in folded.graph_module.code
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_autocast_around_a_body_is_refused(again: bool) -> None:
+    """torch leaves the switches of an autocast that has a loop or branch in it in the graph."""
+
+    def run(net: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch_map(lambda row: row @ net.a.weight, x)
+        return y + net.a(x) if again else y
+
+    model = Net(weight_norm, run).eval()
+    for program in (fxparam.export(model, (X,)), torch.export.export(model, (X,))):
+        with pytest.raises(ValueError, match=r"a\.weight: it is evaluated under autocast around"):
+            fxparam.fold(program)
 
 
 @pytest.mark.parametrize("wrap", ["weight norm", "nested"])

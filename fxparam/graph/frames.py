@@ -9,13 +9,14 @@ nodes of the evaluation are there, one by one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from itertools import groupby
 
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.evaluations import modules_around, owner
 
-__all__ = ["call_from_root"]
+__all__ = ["call_from_root", "place_before_users"]
 
 
 def call_from_root(gm: GraphModule, lifted: list[Node]) -> None:
@@ -25,33 +26,36 @@ def call_from_root(gm: GraphModule, lifted: list[Node]) -> None:
         gm: a graph that export captured.
         lifted: its prologue, as :func:`fxparam.graph.prologue.lift` returns it.
     """
+    at_front = set(lifted)
     stacks = [stack for n in gm.graph.nodes if (stack := n.meta.get("nn_module_stack"))]
     root = dict(list(stacks[0].items())[:1]) if stacks else {}
-    _place_before_users(gm, set(lifted))
-    at_front = set(lifted)
+    place_before_users(gm, at_front)
     runs = Counter(
         site for (site, _), _ in groupby((owner(n), n in at_front) for n in gm.graph.nodes)
     )
     for node in lifted:
         site = owner(node)
         if site is None or runs[site] > 1:
-            node.meta["nn_module_stack"] = root
-            continue
-        outside = modules_around(node)
-        stack = node.meta["nn_module_stack"]
-        node.meta["nn_module_stack"] = {
-            **root,
-            **{k: v for k, v in stack.items() if k not in outside},
-        }
+            modules = root
+        else:
+            outside, stack = modules_around(node), node.meta["nn_module_stack"]
+            modules = {**root, **{k: v for k, v in stack.items() if k not in outside}}
+        # Export lets what a block gives have the metadata of what is returned in it.
+        node.meta = {**node.meta, "nn_module_stack": modules}
 
 
-def _place_before_users(gm: GraphModule, at_front: set[Node]) -> None:
-    """Give nodes out of a body, which non-strict export gives no stack, that of what follows."""
+def place_before_users(gm: GraphModule, at_front: Container[Node] = ()) -> None:
+    """Give nodes out of a body, which non-strict export gives no stack, that of what follows.
+
+    Args:
+        gm: a graph that export captured.
+        at_front: nodes that are not asked about.
+    """
     following: dict[str, object] = {}
     for node in reversed(list(gm.graph.nodes)):
         if node.op in ("placeholder", "output"):
             continue
         stack = node.meta.get("nn_module_stack")
         if not stack and node not in at_front and following:
-            node.meta["nn_module_stack"] = dict(following)
+            node.meta = {**node.meta, "nn_module_stack": dict(following)}
         following = stack or following

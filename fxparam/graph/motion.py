@@ -93,6 +93,8 @@ def _groups(scopes: list[Scope]) -> Iterator[list[Scope]]:
     places: dict[Scope, set[int]] = defaultdict(set)
     for scope in scopes:
         calls = frozenset(c.call.node for c in scope.live)
+        if calls:
+            groups[calls] = groups.pop(calls, {})  # after the bodies that its last one runs
         for context in scope.live:
             groups[calls][context.index] = scope
             places[scope].add(context.index)
