@@ -182,7 +182,8 @@ def _drop_dead(body: Body, droppable: set[Node]) -> None:
 
 def drop_unread_bodies(gm: GraphModule) -> None:
     """Let go of the bodies that a graph no longer runs."""
-    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    reads = (n for n in gm.graph.nodes if n.op in ("get_attr", "call_module"))
+    read = {str(node.target).partition(".")[0] for node in reads}
     for name, _ in list(gm.named_children()):
         if name not in read:
             delattr(gm, name)
