@@ -15,7 +15,8 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "assert_tensor_metadata",
     "behind_proxy",
     "clear_trace_marks",
+    "buffer_hooks_kept",
     "builtin_name",
     "call_with_hooks",
     "dynamo_export",
@@ -100,6 +102,7 @@ set_grad_enabled: Any = _lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = _lookup("torch", "_C")
 # A node that raises where a tensor has another shape or dtype than it names.
 assert_tensor_metadata: Any = _lookup("torch", "ops").aten._assert_tensor_metadata.default
+_buffer_hooks = _lookup("torch.nn.modules.module", "_global_buffer_registration_hooks")
 _inductor_wrapper = _lookup("torch", "_TorchCompileInductorWrapper")
 _find_builtin = _lookup("torch.jit._builtins", "_find_builtin")
 _operator_schemas = _lookup("torch._C", "_jit_get_schemas_for_operator")
@@ -129,6 +132,21 @@ def is_composite(schema: Any) -> bool:
         return bool(_has_kernel(name, "CompositeImplicitAutograd"))
     except RuntimeError:  # one of TorchScript's, on lists and numbers
         return False
+
+
+@contextmanager
+def buffer_hooks_kept() -> Iterator[None]:
+    """Take away, in the end, the global hooks on assigned buffers that the block leaves behind.
+
+    ``torch.export`` of torch 2.11 takes its own away only where it succeeds. One that is left looks
+    at buffers assigned anywhere, and Dynamo cannot trace such an assignment any more.
+    """
+    before = dict(_buffer_hooks)
+    try:
+        yield
+    finally:
+        for key in [key for key in _buffer_hooks if key not in before]:
+            del _buffer_hooks[key]
 
 
 def rename(node: torch.fx.Node, name: str) -> None:

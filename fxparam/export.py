@@ -17,6 +17,7 @@ from fxparam import _context
 from fxparam._adopt import adopt
 from fxparam._attributes import Attributes
 from fxparam._fold import fold
+from fxparam._private import buffer_hooks_kept
 from fxparam.graph import analyze, hoist
 from fxparam.graph.derived import PARAMETER
 from fxparam.graph.evaluations import owner
@@ -84,7 +85,8 @@ _fold = fold
 
 def _captured(model: Any, args: Any, kwargs: Any, *, strict: bool, **options: Any) -> Any:
     def capture() -> ExportedProgram:
-        return torch.export.export(model, args, kwargs, strict=strict, **options)
+        with buffer_hooks_kept():
+            return torch.export.export(model, args, kwargs, strict=strict, **options)
 
     with _outside_regions():
         if not strict and _has_parametrizations(model):

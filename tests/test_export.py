@@ -25,6 +25,7 @@ from tests.graph import test_motion
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning"),
     pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
 ]
 
@@ -290,6 +291,18 @@ def test_unflattens_what_a_body_evaluated_at_random() -> None:
     expected = model(x)
     torch.manual_seed(0)
     torch.testing.assert_close(run(x), expected)
+
+
+def test_a_failed_export_leaves_no_hook() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = dict(hooks)
+    with pytest.raises(Exception, match="data-dependent|guard"):
+        fxparam.export(Fails(), (_x(),))
+    assert dict(hooks) == before
 
 
 def test_in_a_region_of_the_user() -> None:

@@ -87,8 +87,6 @@ def asks(outputs: Any) -> list[bool]:
     return [y.requires_grad for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-# torch 2.11 warns of what it loads from a file.
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("run", [in_turn, without_grad, returned], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -196,7 +194,8 @@ def test_folds_blocks_in_parametrizations(step: type[nn.Module], run: Any) -> No
     model = Net(parametrized(step()), run).eval()
     program = fxparam.export(model, (X,))
     runs_equal(program, model, X)
-    torch.testing.assert_close(torch.export.unflatten(copy.deepcopy(program))(X), model(X))
+    if torch.__version__ >= (2, 12):  # before, torch cannot unflatten its own program either
+        torch.testing.assert_close(torch.export.unflatten(copy.deepcopy(program))(X), model(X))
     for each in (program, torch.export.export(model, (X,))):
         folded = fxparam.fold(each)
         runs_equal(folded, model, X)
