@@ -58,6 +58,7 @@ CASES = [
         grows="layers",
         size=Size(layers=16, width=32, batch=8),
         effects=True,
+        kinks=True,
         scope="cached",
     ),
 ]
