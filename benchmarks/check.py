@@ -23,9 +23,6 @@ __all__ = ["Expected", "Outcome", "Wrong", "check", "expected_of", "outcomes_of"
 _TIMES_EAGER = 4
 # What is allowed whatever eager's own error, relative, in the norm of each tensor.
 _FLOOR = {"float32": 1e-5, "bfloat16": 1e-2}
-# As many times that for gradients that jump: rounding carries an activation over a kink in one
-# program and not in another.
-_KINKS = 100
 # What is not allowed whatever eager's own error: results that chaos has made are no check.
 _MOST = {"float32": 1e-2, "bfloat16": 0.5}
 # Where the model does not run in float64: relative to eager.
@@ -58,16 +55,11 @@ class Outcome:
 
 @dataclass
 class Expected:
-    """Eager's outcomes, and the same in float64 if the model runs in it.
-
-    Attributes:
-        kinks: as in :class:`benchmarks.cases.case.Case`.
-    """
+    """Eager's outcomes, and the same in float64 if the model runs in it."""
 
     eager: list[Outcome]
     exact: list[Outcome] | None
     dtype: str = "float32"
-    kinks: bool = False
 
 
 def outcomes_of(program: Program) -> list[Outcome]:
@@ -126,7 +118,7 @@ def expected_of(case: Case, size: Size, setting: Setting, *, sharing: bool = Fal
         exact = outcomes_of(reference(case, size, setting, sharing=sharing, exact=True))
     except Exception:  # a model may name its dtype, and a device may lack this one
         exact = None
-    return Expected(eager, exact, setting.dtype, case.kinks)
+    return Expected(eager, exact, setting.dtype)
 
 
 def check(actual: list[Outcome], expected: Expected) -> None:
@@ -138,18 +130,16 @@ def check(actual: list[Outcome], expected: Expected) -> None:
     for i, (mine, eager) in enumerate(zip(actual, expected.eager, strict=False)):
         exact = expected.exact[i] if expected.exact else None
         when = " after the parameters changed" if i else ""
-        _check_step(mine, eager, exact, expected, when)
+        _check_step(mine, eager, exact, expected.dtype, when)
 
 
 def _check_step(
-    mine: Outcome, eager: Outcome, exact: Outcome | None, expected: Expected, when: str
+    mine: Outcome, eager: Outcome, exact: Outcome | None, dtype: str, when: str
 ) -> None:
-    dtype = expected.dtype
-    floor = _FLOOR[dtype]
     if len(mine.outputs) != len(eager.outputs):
         raise Wrong(f"{len(mine.outputs)} outputs, eager gives {len(eager.outputs)}")
     for i, (a, b) in enumerate(zip(mine.outputs, eager.outputs, strict=True)):
-        _same(f"output {i}{when}", a, b, exact.outputs[i] if exact else None, dtype, floor)
+        _same(f"output {i}{when}", a, b, exact.outputs[i] if exact else None, dtype)
     both = mine.names & eager.names if mine.part else None
     for kind in ("gradient", "buffer"):
         own, theirs = _named(mine, kind, both), _named(eager, kind, both)
@@ -160,11 +150,9 @@ def _check_step(
             differ = ", ".join(sorted(set(own) ^ set(theirs)))
             raise Wrong(f"{kind}s of {differ}: eager and the contestant do not both have them")
         smallest = _SMALLEST * max((float(t.double().norm()) for t in theirs.values()), default=0.0)
-        jumps = _KINKS if expected.kinks and kind == "gradient" else 1
         for name, b in theirs.items():
             what = f"{kind} of {name}{when}"
-            true = right[name] if right else None
-            _same(what, own[name], b, true, dtype, jumps * floor, smallest)
+            _same(what, own[name], b, right[name] if right else None, dtype, smallest)
 
 
 def _named(outcome: Outcome, kind: str, names: frozenset[str] | None) -> dict[str, Tensor] | None:
@@ -175,13 +163,7 @@ def _named(outcome: Outcome, kind: str, names: frozenset[str] | None) -> dict[st
 
 
 def _same(
-    what: str,
-    mine: Tensor,
-    eager: Tensor,
-    exact: Tensor | None,
-    dtype: str,
-    floor: float,
-    smallest: float = 0.0,
+    what: str, mine: Tensor, eager: Tensor, exact: Tensor | None, dtype: str, smallest: float = 0.0
 ) -> None:
     """``smallest``: what a norm is at least taken to be."""
     if mine.shape != eager.shape:
@@ -195,7 +177,7 @@ def _same(
         apart, allowed = float((mine - eager).norm()), _FIXED[dtype] * scale
     else:
         apart, own = float((mine - exact).norm()), float((eager - exact).norm())
-        allowed = min(_TIMES_EAGER * own + floor * scale, _MOST[dtype] * scale)
+        allowed = min(_TIMES_EAGER * own + _FLOOR[dtype] * scale, _MOST[dtype] * scale)
     if not apart <= allowed:  # also for NaN
         off, may = (x / (scale or 1.0) for x in (apart, allowed))
         raise Wrong(f"{what} is not eager's: off by {off:.1e} of its norm, {may:.1e} is allowed")

@@ -60,11 +60,8 @@ def parts_of(gm: GraphModule, first: set[Node]) -> dict[Node, str]:
             elif node in first:
                 read = {n: sources[n] for n in node.all_input_nodes if n in sources}
                 # Tied originals may have the name that they have in another tensor's list.
-                if (
-                    len(set(read.values())) == 1
-                    or read
-                    and all(n.op == "placeholder" for n in read)
-                ):
+                tied = bool(read) and all(n.op == "placeholder" for n in read)
+                if tied or len(set(read.values())) == 1:
                     sources[node] = parts[node] = min(read.values())
     for node in reversed(gm.graph.nodes):
         if owner(node) is not None or node not in first:

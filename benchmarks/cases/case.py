@@ -82,7 +82,6 @@ class Case:
     train: whether a step has a backward.
     effects: whether an evaluation writes buffers. Then one that is shared is another program than
         the one as written, and contestants that share are checked against eager under ``cached()``.
-    kinks: whether its gradients jump with an activation's sign, which rounding may change.
     exported: whether what is compiled is exported and goes to AOTInductor.
     fullgraph: as ``torch.compile``'s, for every contestant that compiles: a break is an error.
     scope: what fxparam can be asked for here, beyond what it does unasked.
@@ -101,7 +100,6 @@ class Case:
     tiny: Size = TINY
     train: bool = True
     effects: bool = False
-    kinks: bool = False
     exported: bool = False
     fullgraph: bool = True
     scope: Literal["cached", "fold"] | None = None

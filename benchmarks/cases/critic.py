@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, leaky_relu
+from torch.nn.functional import conv2d, silu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from benchmarks.cases.case import Case, Inputs, Size
@@ -24,7 +24,7 @@ class Critic(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         for conv in self.convs:
-            x = leaky_relu(conv(x), 0.2)
+            x = silu(conv(x))
         return x.mean((1, 2, 3))
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ class ByHand(Critic):
 
         def score(x: Tensor) -> Tensor:
             for conv, weight in zip(self.convs, weights, strict=True):
-                x = leaky_relu(conv2d(x, weight, conv.bias, padding=1), 0.2)
+                x = silu(conv2d(x, weight, conv.bias, padding=1))
             return x.mean((1, 2, 3))
 
         return score(real), score(fake)
@@ -58,7 +58,6 @@ CASES = [
         grows="layers",
         size=Size(layers=16, width=32, batch=8),
         effects=True,
-        kinks=True,
         scope="cached",
     ),
 ]
