@@ -34,19 +34,26 @@ class Attributes:
     def __init__(self, model: Module) -> None:
         chains = [chain for chain in model.modules() if isinstance(chain, ParametrizationList)]
         self._modules = {part: set(vars(part)) for chain in chains for part in chain.modules()}
-        self._before = self._now()
         self._model = model
         self.changed = True
 
     def __enter__(self) -> Attributes:
-        self._hook = self._model.register_forward_hook(self._look)
+        # Inside of the call: around it torch.export puts other tensors in the place of buffers.
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._remember, prepend=True),
+            self._model.register_forward_hook(self._look),
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module, names in self._modules.items():
             for name in set(vars(module)) - names:
                 del vars(module)[name]
+
+    def _remember(self, *_: object) -> None:
+        self._before = self._now()
 
     def _look(self, *_: object) -> None:
         self.changed = not all(map(_are_same, self._now(), self._before))

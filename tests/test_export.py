@@ -170,9 +170,16 @@ def test_capture_does_not_evaluate_at_each_access() -> None:
     seen: list[int] = []
 
     class Seen(nn.Module):
+        scale: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            # torch.export puts another tensor in the place of each buffer while it traces.
+            self.register_buffer("scale", torch.full((), 2.0, dtype=torch.float64))
+
         def forward(self, x: Tensor) -> Tensor:
             seen.append(1)
-            return x.tanh()
+            return x.tanh() * self.scale
 
     for api in (fxparam, parametrize):
         model = Cell(
