@@ -35,6 +35,7 @@ class Attributes:
         chains = [chain for chain in model.modules() if isinstance(chain, ParametrizationList)]
         self._modules = {part: set(vars(part)) for chain in chains for part in chain.modules()}
         self._model = model
+        self._before: list[tuple[list[Any], Any]] | None = None
         self.changed = True
 
     def __enter__(self) -> Attributes:
@@ -53,9 +54,11 @@ class Attributes:
                 del vars(module)[name]
 
     def _remember(self, *_: object) -> None:
-        self._before = self._now()
+        if self._before is None:  # a model may call itself
+            self._before = self._now()
 
     def _look(self, *_: object) -> None:
+        assert self._before is not None
         self.changed = not all(map(_are_same, self._now(), self._before))
 
     def _now(self) -> list[tuple[list[Any], Any]]:

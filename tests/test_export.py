@@ -562,6 +562,19 @@ def test_evaluations_that_rebind_a_buffer_are_traced_one_by_one() -> None:
     torch.testing.assert_close(fxparam.export(model, (x,)).module()(x), expected)
 
 
+class _CallsItself(Cell):
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        x = x @ self.cell.weight_hh
+        return self(x, False) if again else x
+
+
+def test_attributes_that_change_before_a_model_calls_itself() -> None:
+    model, x = _CallsItself(counts_in_python), _x()
+    program = fxparam.export(copy.deepcopy(model), (x,))
+    expected = torch.export.export(copy.deepcopy(model), (x,)).module()(x)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
 class _StraightThrough(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + (torch.round(4 * x) / 4 - x).detach()
