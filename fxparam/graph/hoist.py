@@ -20,6 +20,7 @@ from fxparam.graph.bodies import is_run_by_itself
 from fxparam.graph.derived import derive, is_parameter
 from fxparam.graph.effects import analyze
 from fxparam.graph.evaluations import Evaluation, evaluations
+from fxparam.graph.idle import drop_idle_switches
 from fxparam.graph.legality import Rule
 from fxparam.graph.motion import Moved, move_out
 from fxparam.graph.nodes import body_of
@@ -97,6 +98,9 @@ def hoist(
         if not (moves or (repeated and len(scopes) > 1)):
             break
     check_regions(scopes)
+    for scope in scopes:
+        if scope.gm in changed:
+            drop_idle_switches(scope)
     if changed:
         changed |= copy_aliases(scopes)
         lay_gradients_out_alike(scopes, changed)

@@ -312,3 +312,50 @@ def _calls_opaque(m: _Module, x: Tensor) -> Tensor:
 
 def test_the_rules_read_as_reasons() -> None:
     assert all("(rule" in r.value or "(profitability)" in r.value for r in Rule)
+
+
+def _no_grad_reads(m: _Module, x: Tensor) -> Tensor:
+    for _ in range(3):
+        with torch.no_grad():
+            scale = E(m.p).norm()
+        x = torch.tanh(x @ m.q) / scale
+    return x
+
+
+def _no_grad_last(m: _Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = x * E(m.p)
+        with torch.enable_grad():
+            y = E(m.q) @ x
+        with torch.enable_grad():
+            z = E(m.q)
+        x = x + 1
+    return y @ z @ x
+
+
+def _switches(gm: torch.fx.GraphModule) -> list[Any]:
+    return [n.args[0] for n in gm.graph.nodes if n.target is torch._C._set_grad_enabled]
+
+
+def test_what_is_shared_leaves_no_empty_blocks_of_a_grad_mode() -> None:
+    ((gm,), _) = _run(_no_grad_reads)
+    assert _switches(gm) == [False, True]
+    ((gm,), _) = _run(_no_grad_last)
+    assert _switches(gm) == [False, True, False, True]
+
+
+def _nothing_to_share(m: _Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(True)
+    return E(m.p) @ x
+
+
+def test_empty_blocks_stay_where_nothing_was_shared() -> None:
+    ((gm,), _) = _run(_nothing_to_share)
+    torch.compiler.reset()
+    as_written: list[Any] = []
+    torch.compile(_Module(_nothing_to_share), backend=lambda g, _: as_written.append(g) or g)(
+        torch.randn(3, 3, dtype=torch.float64)
+    )
+    assert _switches(gm) == _switches(as_written[0])

@@ -1,0 +1,33 @@
+"""Switches of the grad mode with nothing between them, left where evaluations were taken out.
+
+set_grad_enabled(False)
+set_grad_enabled(True)       ->      linear(x, w)
+linear(x, w)
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fxparam._private import set_grad_enabled
+from fxparam.graph.scopes import Scope
+
+__all__ = ["drop_idle_switches"]
+
+
+def drop_idle_switches(scope: Scope) -> None:
+    """Erase a switch that another follows at once, and both where that one puts back what was."""
+    for node in list(scope.gm.graph.nodes):
+        if node._erased or not _switches_grad(node) or not _switches_grad(node.next):
+            continue
+        before, second = node.prev, node.next
+        scope.gm.graph.erase_node(node)
+        if all(
+            before in table.of and table.of[before].modes == table.of[second].modes
+            for table in scope.tables
+        ):
+            scope.gm.graph.erase_node(second)
+
+
+def _switches_grad(node: Node) -> bool:
+    return node.op == "call_function" and node.target is set_grad_enabled and not node.users
