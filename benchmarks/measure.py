@@ -1,16 +1,11 @@
-"""The instruments: a clock, a memory meter, and a record of what a compilation made."""
+"""The instruments: a clock, and a record of what a compilation made."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,14 +17,9 @@ from benchmarks.programs import Program
 __all__ = [
     "Compilation",
     "compilation",
-    "free_at_once",
     "graphs_captured",
-    "peak_memory",
     "timed_step",
 ]
-
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def timed_step(program: Program) -> tuple[float, float | None]:
@@ -62,73 +52,6 @@ def _timed_on_cuda(program: Program) -> tuple[float, float | None]:
     end.synchronize()
     forward = start.elapsed_time(middle) / 1e3 if halves else None
     return start.elapsed_time(end) / 1e3, forward
-
-
-def free_at_once() -> None:
-    """Let glibc give each block of 8 KiB and more back when it is freed; to call at the start.
-
-    Else what is resident depends on the holes that a compilation left in the heap: the peak of one
-    program, a few MB, differed by 25 % from process to process, and by 2 % with this. It makes
-    compiling 6 to 8 % slower, whatever is compiled.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 8192)
-
-
-def peak_memory(program: Program, steps: int = 2, repeats: int = 5) -> float | None:
-    """Bytes by which a step raises what is in use when it begins, the median of the repeats.
-
-    CUDA: the allocator's high-water mark. CPU: the process's resident high-water mark, which also
-    holds torch itself and the traces of a compilation; hence above what is resident before. The
-    kernel counts resident pages in batches: of a peak of 1 MB a tenth is noise.
-    None where the system does not tell.
-    """
-    peaks = [_peak(program, steps) for _ in range(repeats)]
-    told = [peak for peak in peaks if peak is not None]
-    return statistics.median(told) if told else None
-
-
-def _peak(program: Program, steps: int) -> int | None:
-    program.reset()
-    gc.collect()
-    if program.setting.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _steps(program, steps)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if not _forget_high_water():
-        return None
-    before = _resident("VmRSS")
-    _steps(program, steps)
-    return _resident("VmHWM") - before
-
-
-def _steps(program: Program, steps: int) -> None:
-    for _ in range(steps):
-        program.reset()
-        program.step()
-
-
-def _forget_high_water() -> bool:
-    """Give free memory back, and let the resident high-water mark start anew."""
-    if sys.platform != "linux":
-        return False
-    with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(field_name: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field_name}:"):
-            return 1024 * int(line.split()[1])
-    raise LookupError(f"{_STATUS} has no {field_name}")
 
 
 @dataclass

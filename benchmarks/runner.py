@@ -27,8 +27,13 @@ Tick = Callable[[str, int], None]
 # another is seconds, which a long one does not hide in, and it is what makes a run long.
 _ENOUGH = 60.0
 
+# Of every probe: the median, and all of them.
+_REPEATED = (("compile", "compiles"), ("peak", "peaks"), ("allocated", "all_allocated"))
 # Of a probe, as they are.
-_FIGURES = ("compiles", "peaks", "evaluations", "graphs", "nodes", "kernels", "not_counted")
+_FIGURES = (
+    *(all_of_them for _, all_of_them in _REPEATED),
+    *("evaluations", "graphs", "nodes", "kernels", "not_counted"),
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def _together(found: list[Row]) -> Row:
         if "error" in each:
             return each
     whole = found[0]
-    for figure, all_of_them in (("compile", "compiles"), ("peak", "peaks")):
+    for figure, all_of_them in _REPEATED:
         values = [each[figure] for each in found if each.get(figure) is not None]
         if values:
             whole[figure], whole[all_of_them] = statistics.median(values), values
@@ -158,7 +163,7 @@ def _rows(case: Case, size: Size, figures: dict[str, Row]) -> list[Row]:
                 row[figure] = spread(own[key])
                 row[key] = own[key]
                 row[f"{figure}_ratio"] = ratios(own[key], limits.get(key, ()))
-            for figure in ("compile", "peak"):
+            for figure in ("compile", "peak", "allocated"):
                 row[figure], limit = own.get(figure), limits.get(figure)
                 both = row[figure] is not None and limit
                 row[f"{figure}_ratio"] = row[figure] / limit if both else None

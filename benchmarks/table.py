@@ -25,12 +25,17 @@ _COLUMNS = (
     "s [range]",
     "memory: x",
     "MB",
+    "resident: x",
+    "MB",
     "evaluations",
     "graphs",
     "nodes",
     "kernels",
 )
-_COUNTED = "evaluations: those of the program with a counting op at the end of each chain"
+_NOTES = (
+    "memory: the most that torch's allocator has given out in a step; resident: of the process",
+    "evaluations: those of the program with a counting op at the end of each chain",
+)
 _ANOTHER = "†"
 _DIFFERS = (
     f"{_ANOTHER} another program than the one by hand: it evaluates at each access, as written, "
@@ -43,7 +48,7 @@ def print_rows(rows: list[Row], console: Any = None) -> None:
     first = rows[0]
     title = f"{first['case']}, {first['grows']} {first['value']}"
     print_table(title, _COLUMNS, [_cells(row) for row in rows], console)
-    for note in (_COUNTED, *([_DIFFERS] if any(map(_is_another, rows)) else [])):
+    for note in (*_NOTES, *([_DIFFERS] if any(map(_is_another, rows)) else [])):
         print_line(f"  {note}", console)
 
 
@@ -83,6 +88,8 @@ def _cells(row: Row) -> list[str]:
         _number(_median(forward), "{:.2f}", 1e3),
         _number(row["compile_ratio"], "{:.2f}"),
         _number(row["compile"], "{:.1f}") + _range(row.get("compiles")),
+        _number(row.get("allocated_ratio"), "{:.2f}"),
+        _number(row.get("allocated"), "{:.2f}", 1e-6),
         _number(row["peak_ratio"], "{:.2f}"),
         _number(row["peak"], "{:.1f}", 1e-6),
         "-" if evaluations is None else f"{evaluations[0]} / {evaluations[1]}",

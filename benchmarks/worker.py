@@ -25,7 +25,8 @@ from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.counting import COUNTS
 from benchmarks.errors import first_line
 from benchmarks.files import write_json
-from benchmarks.measure import compilation, free_at_once, peak_memory, timed_step
+from benchmarks.measure import compilation, timed_step
+from benchmarks.memory import allocated, free_at_once, resident
 from benchmarks.programs import Setting, program
 from benchmarks.timing import interleaved
 from benchmarks.wake import wake
@@ -66,9 +67,9 @@ def probe(
         result["compile"] = max(0.0, first - again)
     if contestant.compiler in ("inductor", "fxparam"):
         result |= {"graphs": seen.graphs, "nodes": seen.nodes, "kernels": seen.kernels}
-    # JAX takes a GPU's memory with an allocator of its own.
-    hidden = contestant.compiler == "jax" and setting.device == "cuda"
-    result["peak"] = None if hidden else peak_memory(made)
+    # JAX has an allocator of its own, and what a GPU's takes is not resident.
+    result["peak"] = None if setting.device == "cuda" else resident(made)
+    result["allocated"] = None if contestant.compiler == "jax" else allocated(made)
     if code is not None and seen.code:
         code.mkdir(parents=True, exist_ok=True)
         text = "\n\n# ---- next graph ----\n\n".join(seen.code)

@@ -25,7 +25,8 @@ from benchmarks.counting import COUNTS
 from benchmarks.environment import environment
 from benchmarks.errors import first_line
 from benchmarks.files import write_json
-from benchmarks.measure import compilation, peak_memory, timed_step
+from benchmarks.measure import compilation, timed_step
+from benchmarks.memory import allocated, resident
 from benchmarks.process import run_job, run_module
 from benchmarks.programs import Program, Setting, program
 from benchmarks.runner import Plan
@@ -336,11 +337,26 @@ def test_instruments_measure_something() -> None:
     made = _right()
     step, forward = timed_step(made)
     assert forward is not None and 0 < forward < step
-    peak = peak_memory(made)
+    peak = resident(made)
     assert peak is None or peak >= 0
     with compilation() as seen:
         pass
     assert (seen.graphs, seen.nodes, seen.kernels, seen.code) == (0, 0, 0, [])
+
+
+def test_memory_is_what_the_allocator_gives_out_at_most() -> None:
+    made = _right()
+    kept = torch.ones(1000)
+
+    def step(*_: Any) -> Any:
+        first = torch.ones(2000)
+        second = first + 1  # both are there
+        del first
+        return [second.sum() + kept[0]]
+
+    made.body = step
+    first = allocated(made)
+    assert 16_000 <= first < 17_000 and allocated(made) == first
 
 
 def test_a_process_that_fails_is_an_error_in_one_line() -> None:
@@ -400,7 +416,7 @@ def test_a_probe_that_is_not_the_first_only_compiles_and_runs(
     monkeypatch.delattr(worker, "count")
     job = {"kind": "probe", "case": "ode", "contestants": ["eager"], "whole": False}
     sizes = {"size": dataclasses.asdict(CASES["ode"].tiny), "setting": dataclasses.asdict(HERE)}
-    assert "peak" in worker._run(job | sizes)
+    assert {"peak", "allocated"} <= worker._run(job | sizes).keys()
 
 
 def test_probes_go_in_rounds_whose_order_changes_until_they_have_taken_long() -> None:
@@ -444,7 +460,7 @@ def _fake_job(job: dict[str, Any], limit: float) -> dict[str, Any]:
     if names == ["inductor"]:
         return {"error": "Unsupported: [a line]"}
     made = {"graphs": 2, "nodes": 7, "kernels": 5}
-    return {"compile": 3.0, "peak": 1000, "evaluations": [1, 1], **made}
+    return {"compile": 3.0, "peak": 1000, "allocated": 8000, "evaluations": [1, 1], **made}
 
 
 def test_a_run_prints_its_table_and_writes_json_and_plots(
@@ -469,6 +485,7 @@ def test_a_run_prints_its_table_and_writes_json_and_plots(
     assert rows["fxparam", 32]["compiles"] == [3.0] * 3 and rows["fxparam", 32]["graphs"] == 2
     assert rows["fxparam", 32]["steps"] == [1.25] * 2 and rows["fxparam", 8]["peaks"] == [1000] * 3
     assert rows["fxparam", 32]["forwards"] == [0.625] * 2
+    assert rows["fxparam", 8]["allocated"] == 8000 and rows["fxparam", 8]["allocated_ratio"] == 1
     assert rows["inductor", 8]["error"] == "Unsupported: [a line]"
     for name in ("bench.png", "bench.svg", "bench-growth.png", "bench-growth.svg"):
         assert (tmp_path / name).stat().st_size > 0

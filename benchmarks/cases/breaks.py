@@ -58,5 +58,6 @@ CASES = [
         inputs=sequence,
         grows="steps",
         fullgraph=False,
+        scope="cached",
     ),
 ]
