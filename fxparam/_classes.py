@@ -127,10 +127,10 @@ def _property(original: type, name: str) -> property:
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
-        if _context.active:
-            return scopes.read(chain)
         if torch.compiler.is_dynamo_compiling():
             return scopes.evaluate(chain)
+        if _context.active:
+            return scopes.read(chain)
         return chain()  # type: ignore[no-any-return]
 
     def set_original(self: Module, value: Tensor) -> None:

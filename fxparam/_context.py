@@ -3,7 +3,9 @@
 The answer is a context variable, so it belongs to one thread of execution: a thread starts outside
 every region, an asyncio task inherits the region of the code that started it. A thread that was
 handed a copy of a context, region included, is outside it all the same: two threads never share a
-region.
+region. So is a checkpointed function that is called in a region: it runs again in backward, maybe
+after the region, has to evaluate and save as much as it did then, and finds what it had saved by
+counting.
 
 Dynamo cannot trace a context variable, and a guard on a ``threading.local`` compares the wrong
 dictionary. It does guard an attribute of a module, by reading it again at each call. ``active`` is
@@ -20,6 +22,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from fxparam import _private
+
 if TYPE_CHECKING:
     from torch.nn import Module
 
@@ -33,6 +37,7 @@ class Region:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
+        self.checkpoint = _private.checkpoint_around()
         self.depth = 0
         # Weak, so that a long region does not keep models alive which their owner has dropped.
         self.entries: WeakKeyDictionary[Module, dict[object, Entry]] = WeakKeyDictionary()
@@ -47,7 +52,11 @@ class Region:
 
     @property
     def usable(self) -> bool:
-        return self.depth > 0 and self.thread == threading.get_ident()
+        return (
+            self.depth > 0
+            and self.thread == threading.get_ident()
+            and self.checkpoint is _private.checkpoint_around()
+        )
 
 
 region_variable: ContextVar[Region | None] = ContextVar("fxparam_region", default=None)

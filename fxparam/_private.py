@@ -37,6 +37,8 @@ __all__ = [
     "buffer_hooks_kept",
     "builtin_name",
     "call_with_hooks",
+    "checkpoint_around",
+    "compilation",
     "dynamo_export",
     "functorch_level",
     "grad_mode_namespace",
@@ -50,6 +52,7 @@ __all__ = [
     "is_wrapper_subclass",
     "keep_saved_tensors",
     "rename",
+    "restart_trace",
     "schemas_of",
     "set_grad_enabled",
     "storage_identity",
@@ -58,6 +61,9 @@ __all__ = [
     "trace_number",
     "traced_assignments",
     "traced_for",
+    "traced_module",
+    "traced_tensors_assigned",
+    "traces_function_modes",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_map",
@@ -95,6 +101,7 @@ tree_unflatten: Any = _lookup("torch.utils._pytree", "tree_unflatten")
 tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
 # Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
 # ops too.
+_saved_tensors_hooks: Any = _lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 annotate: Any = _lookup("torch.fx.traceback", "annotate")
 # The node by which graphs switch the grad mode, whoever captured them.
 set_grad_enabled: Any = _lookup("torch._C", "_set_grad_enabled")
@@ -157,6 +164,16 @@ def rename(node: torch.fx.Node, name: str) -> None:
 def active_modes() -> tuple[object, ...]:
     """The dispatch and function mode objects that see the operations run here, outermost first."""
     return (*_dispatch_modes(), *_function_modes())
+
+
+def checkpoint_around() -> object:
+    """What stands for the call of a checkpointed function that this code runs in, or runs again.
+
+    None outside, and in the reentrant kind, which records nothing in forward.
+    """
+    hooks = _saved_tensors_hooks(True)
+    inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks[0] if inside else None
 
 
 def inside_functorch() -> bool:
@@ -263,6 +280,40 @@ def _tracer_output() -> Any:
         return None
 
 
+def compilation() -> object:
+    """What the attempts to compile a frame have in common, while Dynamo makes one."""
+    output = _tracer_output()
+    return None if output is None else output.dynamo_compile_id
+
+
+def traced_module(identity: int) -> torch.nn.Module | None:
+    """A module that Dynamo has seen in the present trace; None while it traces nothing."""
+    output = _tracer_output()
+    seen = {} if output is None else output.side_effects.id_to_variable
+    module = getattr(seen.get(identity), "value", None)
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def traces_function_modes() -> bool:
+    """Whether the code that is being traced runs under a ``TorchFunctionMode``."""
+    translator = _lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
+    return bool(translator.current_tx().symbolic_torch_function_state.mode_stack)
+
+
+def restart_trace(reason: str) -> None:
+    """Let Dynamo trace the present frame once more, on another path.
+
+    Raises:
+        torch._dynamo.exc.RestartAnalysis: of two kinds at once, one that Dynamo lets backends raise
+            and one after which it does not expect to take the same path.
+    """
+    kinds = [
+        _lookup("torch._dynamo.exc", f"{kind}RestartAnalysis")
+        for kind in ("TensorifyScalar", "Unspecialize")
+    ]
+    raise type("RestartAnalysis", tuple(kinds), {})(restart_reason=reason)
+
+
 def is_in_traced_generator(own: types.CodeType) -> bool:
     """Whether Dynamo is tracing the code of a generator, other than ``own`` code.
 
@@ -286,16 +337,34 @@ def traced_assignments(module: int) -> list[str]:
     Args:
         module: its identity.
     """
-    tensor = _lookup("torch._dynamo.variables", "TensorVariable")
+    return [
+        f"{id(owner)}.{name}={value!r}"
+        for owner, name, value in _traced_assignments(module)
+        if not isinstance(value, _tensor_variable())
+        and not _is_constant(value, vars(owner).get(name))
+    ]
+
+
+def traced_tensors_assigned(module: int) -> dict[str, torch.fx.Node]:
+    """The tensors that traced code has assigned to attributes of a module and those in it."""
+    return {
+        f"{id(owner)}.{name}": value.as_proxy().node
+        for owner, name, value in _traced_assignments(module)
+        if isinstance(value, _tensor_variable())
+    }
+
+
+def _tensor_variable() -> Any:
+    return _lookup("torch._dynamo.variables", "TensorVariable")
+
+
+def _traced_assignments(module: int) -> Iterator[tuple[torch.nn.Module, str, Any]]:
     effects = _tracer_output().side_effects
     root = effects.id_to_variable.get(module)
-    found: list[str] = []
     for owner in root.value.modules() if root is not None else ():
         variable = effects.id_to_variable.get(id(owner))
         for name, value in effects.store_attr_mutations.get(variable, {}).items():
-            if not isinstance(value, tensor) and not _is_constant(value, vars(owner).get(name)):
-                found.append(f"{id(owner)}.{name}={value!r}")
-    return found
+            yield owner, name, value
 
 
 def _is_constant(variable: Any, value: object) -> bool:

@@ -15,17 +15,51 @@ import inspect
 import itertools
 from collections.abc import Callable
 from typing import TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
+from torch.nn import Module
 
 from fxparam import _private
 from fxparam._ambient import ambient
-from fxparam.graph.marks import EVALUATION, REGION, within
+from fxparam._inplace import written_argument
+from fxparam.graph.marks import AROUND, EVALUATION, REGION, within
 
-__all__ = ["UNTRACEABLE", "assignments", "evaluation_of", "is_innermost", "is_open", "region"]
+__all__ = [
+    "UNTRACEABLE",
+    "assignments",
+    "chain_of",
+    "evaluation_of",
+    "is_innermost",
+    "is_open",
+    "keep_out_of_graphs",
+    "mark_of",
+    "region",
+    "region_around",
+    "retrace_without",
+    "tensors_assigned",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 _numbers = itertools.count()
+
+# Parametrization lists that were read in a region around a graph.
+_chains: WeakValueDictionary[int, Module] = WeakValueDictionary()
+
+
+class _KeptOut:
+    """What is not to be traced, in the present compilation of a frame, which is traced anew."""
+
+    compilation: object = None
+    chains: set[int] = set()
+    kinds: set[tuple[type, ...]] = set()
+
+    @classmethod
+    def now(cls) -> type[_KeptOut]:
+        if cls.compilation != _private.compilation():
+            cls.compilation, cls.chains, cls.kinds = _private.compilation(), set(), set()
+        return cls
+
 
 #: In place of a mark: this evaluation cannot be told from others by one.
 UNTRACEABLE = "untraceable"
@@ -49,6 +83,43 @@ def region() -> str:
     if not isinstance(_private.traced_for(), Backend) or _private.is_in_traced_generator(own):
         return ""
     return _present(REGION) or f"{_private.trace_number()}.{next(_numbers)}"
+
+
+@_constant
+def region_around(chain: int) -> str:
+    """The mark of the eager region in which the graph will run; empty where marks do not do.
+
+    Args:
+        chain: the identity of a ``ParametrizationList``.
+    """
+    from fxparam.backend import Backend
+
+    module = _private.traced_module(chain)
+    if (
+        module is None
+        or chain in _KeptOut.now().chains
+        or _kinds(module) in _KeptOut.now().kinds
+        or not isinstance(_private.traced_for(), Backend)
+        or _private.inside_functorch()
+        or _private.traces_function_modes()
+    ):
+        return ""
+    _chains[chain] = module
+    return f"{_private.trace_number()}{AROUND}"
+
+
+def chain_of(identity: int) -> Module | None:
+    """A parametrization list that was read in a region around its graph."""
+    return _chains.get(identity)
+
+
+def keep_out_of_graphs(*chains: int) -> None:
+    """Let reads of parametrization lists leave the graph when the present frame is traced anew."""
+    _KeptOut.now().chains.update(chains)
+
+
+def _kinds(chain: Module) -> tuple[type, ...]:
+    return tuple(map(type, chain.modules()))
 
 
 @_constant
@@ -88,6 +159,22 @@ def evaluation_of(chain: int, training: str) -> str:
 
 
 @_constant
+def mark_of(chain: int) -> str:
+    """What marks the value of a chain."""
+    return f"{_private.trace_number()}.{chain}"
+
+
+@_constant
+def retrace_without(chain: int) -> None:
+    """Trace the present frame anew, with reads of a parametrization list outside of its graphs.
+
+    And of all of its kind: Dynamo traces a frame a hundred times at most.
+    """
+    _KeptOut.now().kinds.add(_kinds(_chains[chain]))
+    _private.restart_trace("a parametrized tensor is read outside of the graph")
+
+
+@_constant
 def assignments(chain: int) -> str:
     """What has been assigned so far to attributes of a chain's modules, other than tensors.
 
@@ -95,6 +182,19 @@ def assignments(chain: int) -> str:
         chain: the identity of a ``ParametrizationList``.
     """
     return " ".join(_private.traced_assignments(chain))
+
+
+@_constant
+def tensors_assigned(chain: int) -> str:
+    """What tensors have been assigned so far to attributes of a chain's modules.
+
+    But for those that an op has written to and returned, which are there already.
+
+    Args:
+        chain: the identity of a ``ParametrizationList``.
+    """
+    assigned = _private.traced_tensors_assigned(chain).items()
+    return " ".join(f"{at}={node.name}" for at, node in assigned if written_argument(node) is None)
 
 
 def _present(key: str) -> str:

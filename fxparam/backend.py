@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fxparam._around import InRegion
 from fxparam._private import (
     allow_scalar_outputs,
     clear_trace_marks,
@@ -25,8 +26,15 @@ from fxparam.graph import (
     save_reads_of_overwritten_inputs,
     show_what_bodies_pass_on,
 )
-from fxparam.graph.marks import EVALUATION, REGION, drop_marks_of_other_traces
+from fxparam.graph.marks import (
+    EVALUATION,
+    REGION,
+    VALUE,
+    drop_marks_of_other_traces,
+    take_off_value_marks,
+)
 from fxparam.graph.nodes import value_of
+from fxparam.graph.outside import is_in_a_region_around
 
 __all__ = ["Backend", "backend", "default"]
 
@@ -74,7 +82,8 @@ class Backend:
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
         drop_marks_of_other_traces(gm, trace_number())
-        clear_trace_marks((REGION, EVALUATION))
+        clear_trace_marks((REGION, EVALUATION, VALUE))
+        take_off_value_marks(gm)
         # Dynamo restores the frame's own modes before it calls a backend.
         result = hoist(
             gm,
@@ -82,6 +91,7 @@ class Backend:
             autocast_now=True,
             max_bytes=self._max_bytes,
         )
+        around = InRegion(gm, example_inputs) if is_in_a_region_around(gm) else None
         report = result.report
         self.reports.append(report)
         if report.entries or result.modified:
@@ -90,10 +100,10 @@ class Backend:
         if result.has_bodies:
             allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
         with keep_saved_tensors() if result.has_bodies else nullcontext():
-            compiled: Callable[..., Any] = inner(result.graph_module, example_inputs)
+            compiled: Any = around.compile(inner) if around else inner(gm, example_inputs)
         with suppress(AttributeError, TypeError):  # an artifact that takes no attributes
-            compiled.fxparam_report = report  # type: ignore[attr-defined]
-        return compiled
+            compiled.fxparam_report = report
+        return compiled  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""

@@ -17,9 +17,9 @@ from torch.nn import Module
 from fxparam import _context, _private, _static
 from fxparam._ambient import ambient
 from fxparam._stamp import Entry, Snapshot
-from fxparam.graph.marks import EVALUATION, REGION
+from fxparam.graph.marks import EVALUATION, REGION, VALUE
 
-__all__ = ["cached"]
+__all__ = ["cached", "evaluate", "forget", "read", "training_modes"]
 
 # Values kept of one tensor in one region: for other modes, and for other originals, which
 # functional_call may put in place without end. The oldest goes first.
@@ -110,7 +110,10 @@ def cached() -> Iterator[None]:
     """
     # Constant while Dynamo traces, which follows one of the two.
     mark = _static.region() if torch.compiler.is_dynamo_compiling() else ""
-    if mark and not _context.active:
+    if mark and _context.active:
+        yield  # the region around the graph is the outermost
+        return
+    if mark:
         with _private.annotate({REGION: mark}):
             yield
             if not _static.is_innermost(mark):
@@ -173,7 +176,7 @@ def _has_effects_that_no_node_has() -> None:
     """An evaluation that changes Python attributes leaves the graph: each read does it there."""
 
 
-def _training_modes(module: Module) -> str:
+def training_modes(module: Module) -> str:
     """The training modes of a module and its submodules.
 
     Not by ``Module.modules()``, which Dynamo does not trace on a module that was changed.
@@ -181,15 +184,30 @@ def _training_modes(module: Module) -> str:
     modes = "t" if module.training else "e"
     for child in module._modules.values():
         if child is not None:
-            modes += _training_modes(child)
+            modes += training_modes(child)
     return modes
 
 
 def evaluate(chain: Module) -> Tensor:
-    """The value of ``chain``, marked as one evaluation where a region is being compiled."""
-    if not _static.is_open():
+    """The value of ``chain`` while Dynamo traces: marked as one evaluation where a region is."""
+    if _static.is_open():
+        return _marked(chain)
+    if not _context.active:
         return chain()  # type: ignore[no-any-return]
-    mark = _static.evaluation_of(id(chain), _training_modes(chain))
+    around = _static.region_around(id(chain))
+    if not around:
+        return read(chain)
+    with _private.annotate({REGION: around}):
+        before = _static.assignments(id(chain)), _static.tensors_assigned(id(chain))
+        value = _marked(chain)
+        if (_static.assignments(id(chain)), _static.tensors_assigned(id(chain))) != before:
+            _static.retrace_without(id(chain))
+        with _private.annotate({VALUE: _static.mark_of(id(chain))}):
+            return torch.ops.aten.alias.default(value)  # type: ignore[no-any-return]
+
+
+def _marked(chain: Module) -> Tensor:
+    mark = _static.evaluation_of(id(chain), training_modes(chain))
     if not mark:
         return chain()  # type: ignore[no-any-return]
     if mark == _static.UNTRACEABLE:

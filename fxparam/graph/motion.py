@@ -33,7 +33,12 @@ from fxparam.graph.legality import (
     obstacle,
     runs_whenever_the_call_does,
 )
-from fxparam.graph.marks import distinguish, evaluation_marks, region_mark
+from fxparam.graph.marks import (
+    distinguish,
+    evaluation_marks,
+    is_for_a_region_around,
+    region_mark,
+)
 from fxparam.graph.nodes import ancestors, attribute_of, meta_with, value_of
 from fxparam.graph.operands import (
     drop_operands,
@@ -329,7 +334,7 @@ def _stays_inside(
         if context.loops and is_its_gradient_summed_in_reduced_precision(node):
             return Rule.REDUCED
         repeated |= around.is_repeated(number)
-    if not repeated and not is_run_again(scope, [node]):
+    if not (repeated or is_run_again(scope, [node]) or is_for_a_region_around(node)):
         return Rule.ONE_USE
     return Rule.TOO_LARGE if is_too_large(node, max_bytes) else None
 

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import Judgement, Verdict, judge
@@ -61,11 +61,17 @@ class Tally:
         return "\n".join([self.line(), head, *rows])
 
 
-def run(seeds: Iterable[int], *, inner: str = "") -> Iterator[tuple[Program, Judgement, Tally]]:
-    """Judge the program of each seed; the tally is the same object, growing."""
+def run(
+    seeds: Iterable[int], *, inner: str = "", around: bool = False
+) -> Iterator[tuple[Program, Judgement, Tally]]:
+    """Judge the program of each seed; the tally is the same object, growing.
+
+    Args:
+        around: each is called in an eager ``cached()`` region.
+    """
     tally, begin = Tally(), time.monotonic()
     for count, seed in enumerate(seeds):
-        program = generate(seed)
+        program = replace(generate(seed), around=around)
         judgement = judge(program, inner=inner)
         tally.add(program, judgement)
         tally.seconds = time.monotonic() - begin

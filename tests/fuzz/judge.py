@@ -79,20 +79,22 @@ def judge(program: Program, *, inner: str = "") -> Judgement:
         return found  # AOTAutograd's: random numbers that it does not draw, say
     if different and "cached" in ingredients(program):
         # ``fxparam.cached`` is ours also when plain torch compiles it: torch's own is what goes
-        # wrong without it. Plain torch leaves the graph there, and what follows may then compile.
-        uncached = replace(program, statements=tuple(_uncached(program.statements)))
-        without = judge(uncached, inner=inner).verdict
+        # wrong without it. Plain torch leaves the graph there, and what follows may then compile;
+        # or it compiles nothing at all, as where a graph breaks in a loop.
+        whole = replace(program, statements=tuple(_in_one_graph(program.statements)))
+        without = judge(whole, inner=inner).verdict
         unable = without is Verdict.UNABLE and "raises" in found.differences
         found.verdict = Verdict.TORCH if without is Verdict.TORCH or unable else Verdict.MISMATCH
     return found
 
 
-def _uncached(statements: tuple[Statement, ...]) -> Iterator[Statement]:
+def _in_one_graph(statements: tuple[Statement, ...]) -> Iterator[Statement]:
     for statement in statements:
         if not isinstance(statement, Block):
-            yield statement
+            if statement.kind != "graph break":
+                yield statement
             continue
-        body = tuple(_uncached(statement.body))
+        body = tuple(_in_one_graph(statement.body))
         if statement.kind == "cached":
             yield from body
         else:
@@ -109,13 +111,13 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
     found = differences(expected, actual)
     if not found:
         return Judgement(Verdict.SAME, merged=actual.merged)
+    if "fxparam.cached() around" in str(actual.error):
+        return Judgement(Verdict.REFUSED, found, actual.merged)
     plain = by_torch(script, inner)
     by_plain = differences(expected, plain)
     if plain.error is not None and actual.error is not None:
         alike = type(plain.error) is type(actual.error) or not _is_ours(actual.error)
         verdict = Verdict.UNABLE if alike else Verdict.MISMATCH
-        if "fxparam.cached() around" in str(actual.error):
-            verdict = Verdict.REFUSED
     elif found.keys() <= by_plain.keys():
         verdict = Verdict.TORCH
     elif plain.error is not None and all(_is_zero_for_none(expected, actual, k) for k in found):

@@ -96,6 +96,7 @@ class Program:
         training: the modules' mode.
         grad: with gradients, or all under ``no_grad``.
         caller_writes: whether the caller writes to the returned tensors before backward.
+        around: whether it is called twice, in an eager ``cached()`` region.
     """
 
     seed: int
@@ -107,6 +108,7 @@ class Program:
     caller_writes: bool
     holders: tuple[Holder, ...]
     statements: tuple[Statement, ...]
+    around: bool = False
 
 
 def walk(statements: tuple[Statement, ...]) -> Iterator[Statement]:
@@ -147,7 +149,7 @@ from tests.fuzz.pieces import cond, map_rows, region, scan, squash, while_loop
 
 SIZE, DTYPE = {size}, torch.{dtype}
 INNER, GRAD, CALLER_WRITES = "{inner}", {grad}, {caller_writes}
-AUTOCAST = {autocast}
+AUTOCAST, AROUND = {autocast}, {around}
 
 
 def values(seed: int) -> Tensor:
