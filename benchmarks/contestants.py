@@ -76,7 +76,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("fxparam", "fxparam as written", compiler="fxparam"),
         Contestant(
             "fxparam-scope",
-            "fxparam asked for more: cached() where evaluations have effects, fold in export",
+            "fxparam asked for more: cached() where that shares more, fold in export",
             region="fxparam",
             compiler="fxparam",
         ),

@@ -43,6 +43,11 @@ class InRegion:
             _static.keep_out_of_graphs(*stays.chains)
             _private.restart_trace(str(stays))
 
+    @property
+    def count(self) -> int:
+        """How many values the graph takes from the region."""
+        return len(self._outside)
+
     def compile(self, inner: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
         """A callable with the inputs of the graph as it was, compiled by ``inner``."""
         compiled = inner(self._gm, [*self._inputs, *(each.value for each in self._outside)])

@@ -97,6 +97,8 @@ class Backend:
         if report.entries or result.modified:
             _log.info("%r", report)
             trace_artifact("fxparam_report", lambda: repr(report))
+        if around is not None:
+            _log.info("%d values are those of the cached() region around the graph", around.count)
         if result.has_bodies:
             allow_scalar_outputs(value_of(n) for n in gm.graph.find_nodes(op="placeholder"))
         with keep_saved_tensors() if result.has_bodies else nullcontext():

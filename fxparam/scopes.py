@@ -74,8 +74,9 @@ def cached() -> Iterator[None]:
 
     A region belongs to one thread of execution: other threads neither see its values nor clear
     them, and an asyncio task has the region of the code that started it. Regions nest: values live
-    until the outermost ends, also by an exception. Shapes and dtypes are those of ``module.<name>``
-    outside a region.
+    until the outermost ends, also by an exception. A checkpointed function called in a region
+    evaluates at each access, unless a region is in it: it runs again in backward. Shapes and
+    dtypes are those of ``module.<name>`` outside a region.
 
     Raises:
         RuntimeError: on reading a parametrized tensor while ``torch.jit.trace`` runs inside the

@@ -1,7 +1,7 @@
 """``cached()`` around compiled code and inside it: the results are those of eager ``cached()``.
 
-A region keeps its values outside compiled graphs, so that a graph breaks where it reads one.
-Outside a region nothing of this is in the graph.
+Code compiled by other backends: a region keeps its values outside graphs, so that a graph breaks
+where it reads one. Outside a region nothing of this is in the graph.
 """
 
 from __future__ import annotations

@@ -305,10 +305,5 @@ def _chain(mark: EvaluationMark) -> int:
     return int(mark.chain.rpartition(".")[2])
 
 
-def _grad_under(table: EffectTable, node: Node) -> Any:
-    modes: Any = table.of[node].modes
-    return modes[1]
-
-
 def _but_grad(modes: Any) -> Any:
     return (modes[0], *modes[2:]) if isinstance(modes, tuple) else modes
