@@ -42,6 +42,7 @@ __all__ = [
     "dynamo_export",
     "functorch_level",
     "grad_mode_namespace",
+    "held_as",
     "inductor_with",
     "inside_functorch",
     "is_composite",
@@ -60,9 +61,10 @@ __all__ = [
     "trace_marks",
     "trace_number",
     "traced_assignments",
+    "traced_changes",
+    "traced_code",
     "traced_for",
     "traced_module",
-    "traced_tensors_assigned",
     "traces_function_modes",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -280,6 +282,12 @@ def _tracer_output() -> Any:
         return None
 
 
+def traced_code() -> types.CodeType | None:
+    """The code of the frame that Dynamo is tracing; None while it traces none."""
+    output = _tracer_output()
+    return None if output is None else output.root_tx.f_code
+
+
 def compilation() -> object:
     """What the attempts to compile a frame have in common, while Dynamo makes one."""
     output = _tracer_output()
@@ -337,34 +345,72 @@ def traced_assignments(module: int) -> list[str]:
     Args:
         module: its identity.
     """
-    return [
-        f"{id(owner)}.{name}={value!r}"
-        for owner, name, value in _traced_assignments(module)
-        if not isinstance(value, _tensor_variable())
-        and not _is_constant(value, vars(owner).get(name))
-    ]
-
-
-def traced_tensors_assigned(module: int) -> dict[str, torch.fx.Node]:
-    """The tensors that traced code has assigned to attributes of a module and those in it."""
-    return {
-        f"{id(owner)}.{name}": value.as_proxy().node
-        for owner, name, value in _traced_assignments(module)
-        if isinstance(value, _tensor_variable())
-    }
-
-
-def _tensor_variable() -> Any:
-    return _lookup("torch._dynamo.variables", "TensorVariable")
-
-
-def _traced_assignments(module: int) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    tensor = _lookup("torch._dynamo.variables", "TensorVariable")
     effects = _tracer_output().side_effects
     root = effects.id_to_variable.get(module)
+    found: list[str] = []
     for owner in root.value.modules() if root is not None else ():
         variable = effects.id_to_variable.get(id(owner))
         for name, value in effects.store_attr_mutations.get(variable, {}).items():
-            yield owner, name, value
+            if not isinstance(value, tensor) and not _is_constant(value, vars(owner).get(name)):
+                found.append(f"{id(owner)}.{name}={value!r}")
+    return found
+
+
+def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
+    """What traced code has changed of objects that were there before it.
+
+    Dynamo keeps changes to itself until the graph has run.
+
+    Yields:
+        An object, or a variable of Dynamo's that stands for one, with an attribute or key of it,
+        empty where that is not known, and the node of the tensor that is there now, if it is one.
+    """
+    output = _tracer_output()
+    if output is None:
+        return
+    effects = output.side_effects
+    there = {id(each): each for each in effects.keepalive}
+    for identity, variable in list(effects.id_to_variable.items()):
+        kind = type(variable.mutation_type).__name__
+        own_cell = getattr(variable, "local_name", None) is not None  # of the frame's locals
+        if kind == "NoneType" or kind.endswith("New") or own_cell:
+            continue
+        if not effects.is_modified(variable):
+            continue
+        owner = there.get(identity, variable)
+        values = effects.store_attr_mutations.get(variable) or _items_of(variable)
+        if not values:
+            yield owner, "", None
+        for name, value in values.items():
+            if not _stands_for(value, held_as(owner, name)):
+                yield owner, name, _tensor_node(value)
+
+
+def held_as(owner: object, name: str) -> object:
+    """What an object has under the name of an attribute of its own, or a dictionary of a key."""
+    held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+    return held.get(name)
+
+
+def _items_of(variable: Any) -> dict[str, Any]:
+    """What a dictionary that was changed holds, by name; nothing where that cannot be told."""
+    try:
+        return {key.vt.as_python_constant(): value for key, value in variable.items.items()}
+    except (AttributeError, NotImplementedError):
+        return {}
+
+
+def _tensor_node(variable: Any) -> torch.fx.Node | None:
+    tensor = isinstance(variable, _lookup("torch._dynamo.variables", "TensorVariable"))
+    return variable.as_proxy().node if tensor else None
+
+
+def _stands_for(variable: Any, value: object) -> bool:
+    """Whether one of Dynamo's variables is known to stand for an object, or an equal constant."""
+    if hasattr(variable, "is_realized") and not variable.is_realized():
+        return bool(variable.original_value() is value)
+    return getattr(variable, "value", variable) is value or _is_constant(variable, value)
 
 
 def _is_constant(variable: Any, value: object) -> bool:

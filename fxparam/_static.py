@@ -14,10 +14,13 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
 from typing import TypeVar, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
+from torch.fx import Node
 from torch.nn import Module
 
 from fxparam import _private
@@ -29,15 +32,17 @@ __all__ = [
     "UNTRACEABLE",
     "assignments",
     "chain_of",
+    "changes",
     "evaluation_of",
+    "forget_models",
     "is_innermost",
     "is_open",
+    "is_shared",
     "keep_out_of_graphs",
     "mark_of",
     "region",
     "region_around",
     "retrace_without",
-    "tensors_assigned",
 ]
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -46,18 +51,29 @@ _numbers = itertools.count()
 # Parametrization lists that were read in a region around a graph.
 _chains: WeakValueDictionary[int, Module] = WeakValueDictionary()
 
+# By the code of a frame, one list of each model for which it was compiled with a region's values.
+_models: WeakKeyDictionary[CodeType, WeakSet[Module]] = WeakKeyDictionary()
+_MODELS = 4
+
 
 class _KeptOut:
-    """What is not to be traced, in the present compilation of a frame, which is traced anew."""
+    """What is not to be traced, in the present compilation of a frame, which is traced anew.
+
+    ``first`` is the first list that was, ``shared`` the answer to ``is_shared``.
+    """
 
     compilation: object = None
+    first: int | None = None
+    shared: bool = False
     chains: set[int] = set()
     kinds: set[tuple[type, ...]] = set()
 
     @classmethod
     def now(cls) -> type[_KeptOut]:
         if cls.compilation != _private.compilation():
-            cls.compilation, cls.chains, cls.kinds = _private.compilation(), set(), set()
+            cls.compilation, cls.first = _private.compilation(), None
+            cls.shared = _serves_several_models(_private.traced_code())
+            cls.chains, cls.kinds = set(), set()
         return cls
 
 
@@ -86,6 +102,20 @@ def region() -> str:
 
 
 @_constant
+def is_shared() -> bool:
+    """Whether the frame's code already serves several models, as a layer's may, and ours does.
+
+    Compiled with a value of the region it serves one model alone.
+    """
+    return _KeptOut.now().shared
+
+
+def forget_models() -> None:
+    """Forget what was compiled, as Dynamo does."""
+    _models.clear()
+
+
+@_constant
 def region_around(chain: int) -> str:
     """The mark of the eager region in which the graph will run; empty where marks do not do.
 
@@ -95,6 +125,8 @@ def region_around(chain: int) -> str:
     from fxparam.backend import Backend
 
     module = _private.traced_module(chain)
+    if module is None and _private.trace_number():
+        module = _chains.get(chain)  # Dynamo forgets between two bodies what it has seen in one
     if (
         module is None
         or chain in _KeptOut.now().chains
@@ -105,6 +137,10 @@ def region_around(chain: int) -> str:
     ):
         return ""
     _chains[chain] = module
+    code = _private.traced_code()
+    if code is not None and _KeptOut.now().first is None:
+        _KeptOut.first = chain
+        _models.setdefault(code, WeakSet()).add(module)
     return f"{_private.trace_number()}{AROUND}"
 
 
@@ -116,6 +152,12 @@ def chain_of(identity: int) -> Module | None:
 def keep_out_of_graphs(*chains: int) -> None:
     """Let reads of parametrization lists leave the graph when the present frame is traced anew."""
     _KeptOut.now().chains.update(chains)
+
+
+def _serves_several_models(code: CodeType | None) -> bool:
+    if code is None or Path(code.co_filename).parent == Path(__file__).parent:
+        return True
+    return len(_models.get(code, ())) >= _MODELS
 
 
 def _kinds(chain: Module) -> tuple[type, ...]:
@@ -185,16 +227,24 @@ def assignments(chain: int) -> str:
 
 
 @_constant
-def tensors_assigned(chain: int) -> str:
-    """What tensors have been assigned so far to attributes of a chain's modules.
+def changes() -> str:
+    """What has been changed so far of what was there before, other than by writing to tensors.
 
-    But for those that an op has written to and returned, which are there already.
-
-    Args:
-        chain: the identity of a ``ParametrizationList``.
+    The graph is given values that are read before all this.
     """
-    assigned = _private.traced_tensors_assigned(chain).items()
-    return " ".join(f"{at}={node.name}" for at, node in assigned if written_argument(node) is None)
+    return " ".join(
+        f"{type(owner).__name__}.{name}"
+        for owner, name, node in _private.traced_changes()
+        if not _is_put_back(owner, name, node)
+    )
+
+
+def _is_put_back(owner: object, name: str, node: Node | None) -> bool:
+    """Whether an attribute was assigned the tensor that it had, written in place."""
+    while node is not None and node.op != "placeholder":
+        node = written_argument(node)
+    argument = node.meta.get("grapharg") if node is not None else None
+    return argument is not None and argument.example is _private.held_as(owner, name)
 
 
 def _present(key: str) -> str:

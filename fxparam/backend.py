@@ -20,6 +20,7 @@ from fxparam._private import (
     trace_artifact,
     trace_number,
 )
+from fxparam._static import forget_models
 from fxparam.graph import (
     Report,
     hoist,
@@ -110,6 +111,7 @@ class Backend:
     def reset(self) -> None:
         """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""
         self.reports.clear()
+        forget_models()
         inner = self._configured(self._mode, self._options)
         if hasattr(inner, "reset"):
             inner.reset()

@@ -195,14 +195,16 @@ def evaluate(chain: Module) -> Tensor:
         return _marked(chain)
     if not _context.active:
         return chain()  # type: ignore[no-any-return]
-    around = _static.region_around(id(chain))
+    # Before the identity is asked for, on which compiled code then depends.
+    around = "" if _static.changes() or _static.is_shared() else _static.region_around(id(chain))
     if not around:
         return read(chain)
     with _private.annotate({REGION: around}):
-        before = _static.assignments(id(chain)), _static.tensors_assigned(id(chain))
         value = _marked(chain)
-        if (_static.assignments(id(chain)), _static.tensors_assigned(id(chain))) != before:
+        if _static.changes():
             _static.retrace_without(id(chain))
+        if value is chain._parameters.get("original"):
+            return value
         with _private.annotate({VALUE: _static.mark_of(id(chain))}):
             return torch.ops.aten.alias.default(value)  # type: ignore[no-any-return]
 

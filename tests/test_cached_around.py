@@ -425,3 +425,188 @@ def test_a_whole_step_with_micro_batches() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert_close(q.grad, p.grad)
     assert helpers.counted(lambda: step(compiled)) == (1, 1)
+
+
+class Reaching(nn.Module):
+    """Reads an attribute, what a list holds, and globals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.scales = 1.0, [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.scale * self.scales[0] * _GLOBALS[0] * _global)
+
+
+class Difference(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - 2 * b
+
+    def right_inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), torch.zeros_like(x)
+
+
+class Buffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.ones(3, 3, dtype=torch.float64))
+        self.register_buffer("b", 3 * torch.ones(3, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.a
+
+
+_GLOBALS, _global = [1.0], 1.0
+
+
+def _attribute(cell: nn.Module, x: Tensor) -> Tensor:
+    cell.parametrizations.weight[0].scale = 0.5
+    return cell(x)
+
+
+def _item(cell: nn.Module, x: Tensor) -> Tensor:
+    cell.parametrizations.weight[0].scales[0] = 2.5
+    return cell(x)
+
+
+def _item_of_a_global(cell: nn.Module, x: Tensor) -> Tensor:
+    _GLOBALS[0] = 3.0
+    y = cell(x)
+    _GLOBALS[0] = 1.0
+    return y
+
+
+def _a_global(cell: nn.Module, x: Tensor) -> Tensor:
+    global _global
+    _global = 3.0
+    y = cell(x)
+    _global = 1.0
+    return y
+
+
+def _exchanged_originals(cell: nn.Module, x: Tensor) -> Tensor:
+    own = cell.parametrizations.weight
+    exchanged = {
+        "parametrizations.weight.original0": own.original1,
+        "parametrizations.weight.original1": own.original0,
+    }
+    return torch.func.functional_call(cell, exchanged, (x,))
+
+
+def _a_buffer_for_a_while(cell: nn.Module, x: Tensor) -> Tensor:
+    own = cell.parametrizations.weight[0]
+    before, own.a = own.a, own.a * 10
+    y = cell(x)
+    own.a = before
+    return y
+
+
+def _exchanged_buffers(cell: nn.Module, x: Tensor) -> Tensor:
+    own = cell.parametrizations.weight[0]
+    own.a, own.b = own.b, own.a
+    return cell(x)
+
+
+def _evaluated_by_itself(cell: nn.Module, x: Tensor) -> Tensor:
+    cell.parametrizations.weight()
+    return cell(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (Reaching, _attribute),
+        (Reaching, _item),
+        (Reaching, _item_of_a_global),
+        (Reaching, _a_global),
+        (Difference, _exchanged_originals),
+        (Buffers, _a_buffer_for_a_while),
+        (Buffers, _exchanged_buffers),
+        (static.Assigning, _evaluated_by_itself),
+    ],
+)
+def test_what_the_code_changes_before_it_reads_is_seen(
+    kind: type[nn.Module], call: Callable[..., Tensor]
+) -> None:
+    def step(compiled: bool) -> list[Any]:
+        torch.manual_seed(0)
+        cell = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+        ours.register_parametrization(cell, "weight", kind(), unsafe=True)
+        backend = fxparam.backend("aot_eager")
+        run = torch.compile(call, backend=backend) if compiled else call
+        with fxparam.cached():
+            y = run(cell, X) + run(cell, 2 * X)
+        y.sum().backward()
+        return [y.detach(), *(p.grad for p in cell.parameters()), *cell.buffers()]
+
+    assert_close(step(True), step(False))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Itself(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_an_original_that_is_the_value_is_the_parameter() -> None:
+    def run(cell: nn.Module, x: Tensor) -> Tensor:
+        return x @ cell.weight * (1 if cell.weight.is_leaf else 5)
+
+    cell = ours.register_parametrization(nn.Linear(3, 3).double(), "weight", Itself())
+    compiled = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    with fxparam.cached():
+        assert_close(compiled(cell, X), run(cell, X))
+
+
+def test_evaluations_that_a_graph_begins_with() -> None:
+    cell = nn.LSTMCell(3, 3, dtype=torch.float64)
+    for name in ("weight_ih", "weight_hh"):
+        ours.register_parametrization(cell, name, Doubled())
+    compiled = torch.compile(cell, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    with fxparam.cached():
+        assert_close(compiled(X, (X, X)), cell(X, (X, X)))
+
+
+def test_a_branch_that_cannot_be_left_evaluates() -> None:
+    model = _counting(_once)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: model(x).tanh(), lambda x: model(x).sin(), (x,))
+
+    compiled = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)
+    with fxparam.cached():
+        assert_close(compiled(X + 1), model(X + 1).tanh())
+
+
+def test_code_that_layers_share_is_not_compiled_for_each() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(3, 3, dtype=torch.float64)
+            WRAPS["pure"](self.cell)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.cell(x + 0))
+
+    layers = nn.Sequential(*(Block() for _ in range(12)))
+    twin, backend = copy.deepcopy(layers), fxparam.backend("aot_eager")
+    for layer in twin:
+        layer.compile(backend=backend)
+    torch._dynamo.utils.counters.clear()
+    with fxparam.cached():
+        assert_close(twin(X), layers(X))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 7
+
+
+def test_no_empty_blocks_are_left() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    model = Model("spectral norm", _often)
+    inner = fxparam.backend(lambda gm, _: graphs.append(gm) or gm)
+    with fxparam.cached():
+        torch.compile(model, backend=inner)(X)
+    (gm,) = graphs
+    assert not gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)

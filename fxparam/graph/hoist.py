@@ -100,7 +100,7 @@ def hoist(
     check_regions(scopes)
     for scope in scopes:
         if scope.gm in changed:
-            drop_idle_switches(scope)
+            drop_idle_switches(scope.gm, scope.tables)
     if changed:
         changed |= copy_aliases(scopes)
         lay_gradients_out_alike(scopes, changed)

@@ -7,26 +7,31 @@ linear(x, w)
 
 from __future__ import annotations
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxparam._private import set_grad_enabled
-from fxparam.graph.scopes import Scope
+from fxparam.graph.effects import EffectTable
 
 __all__ = ["drop_idle_switches"]
 
 
-def drop_idle_switches(scope: Scope) -> None:
-    """Erase a switch that another follows at once, and both where that one puts back what was."""
-    for node in list(scope.gm.graph.nodes):
+def drop_idle_switches(gm: GraphModule, tables: list[EffectTable]) -> None:
+    """Erase a switch that another follows at once, and both where that one puts back what was.
+
+    Args:
+        gm: a graph.
+        tables: its effects, in each context.
+    """
+    for node in list(gm.graph.nodes):
         if node._erased or not _switches_grad(node) or not _switches_grad(node.next):
             continue
         before, second = node.prev, node.next
-        scope.gm.graph.erase_node(node)
+        gm.graph.erase_node(node)
         if all(
             before in table.of and table.of[before].modes == table.of[second].modes
-            for table in scope.tables
+            for table in tables
         ):
-            scope.gm.graph.erase_node(second)
+            gm.graph.erase_node(second)
 
 
 def _switches_grad(node: Node) -> bool:

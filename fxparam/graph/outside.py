@@ -24,7 +24,12 @@ from torch.fx import Graph, GraphModule, Node
 from fxparam._private import is_wrapper_subclass
 from fxparam.graph.bodies import call_of
 from fxparam.graph.effects import EffectTable, analyze
-from fxparam.graph.legality import has_effects, may_a_gradient_be_taken
+from fxparam.graph.idle import drop_idle_switches
+from fxparam.graph.legality import (
+    has_effects,
+    has_one_backward_for_all,
+    may_a_gradient_be_taken,
+)
 from fxparam.graph.marks import (
     EvaluationMark,
     evaluation_marks,
@@ -116,8 +121,8 @@ def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModul
     _check_order(table, found)
     inputs = gm.graph.find_nodes(op="placeholder")
     outside = [each.outside(gm, inputs) for each in found]
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for each in found:
+        first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             last = gm.graph.placeholder(f"{each.value.name}_of_region")
         last.meta["example_value"] = value_of(each.value)
@@ -126,6 +131,8 @@ def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModul
         for node in reversed(each.nodes):
             if not (node.users or node._erased):  # two may have nodes in common
                 gm.graph.erase_node(node)
+    modes = analyze(gm, grad_enabled=grad_enabled, autocast_now=True)
+    drop_idle_switches(gm, [modes])
     gm.graph.lint()
     gm.recompile()
     return gm, outside
@@ -174,19 +181,36 @@ def _evaluations(gm: GraphModule, table: EffectTable) -> Iterator[Callable[[], _
         mark = _mark(node)
         if mark is not None and not switches_a_mode(node):
             marked.setdefault(_chain(mark), []).append(node)
+    tables = list(_tables(table))
     for chain, nodes in marked.items():
+        effects = any(
+            has_effects(t, node) is not None for t in tables for node in nodes if node in t.of
+        )
+        in_bodies = any(node not in table.of for node in nodes)
+        if in_bodies and not effects and _have_one_backward(tables, nodes):
+            continue  # reads cannot leave a body, and an evaluation more is no other program
         values = [n for n in nodes if evaluation_of_value(n) == evaluation_marks(n)[0].chain]
-        if values or any(
-            has_effects(table, node) is not None for node in nodes if node in table.of
-        ):
+        if values or effects:
             yield partial(_found, gm, table, chain, nodes, values)
+
+
+def _tables(table: EffectTable) -> Iterator[EffectTable]:
+    """The effects of a graph and of its bodies."""
+    yield table
+    for _, bodies in table.calls.values():
+        for body in bodies:
+            yield from _tables(body)
+
+
+def _have_one_backward(tables: list[EffectTable], nodes: list[Node]) -> bool:
+    return all(has_one_backward_for_all(t, node) for t in tables for node in nodes if node in t.of)
 
 
 def _found(
     gm: GraphModule, table: EffectTable, chain: int, marked: list[Node], values: list[Node]
 ) -> _Found:
     if any(node not in table.of or len(evaluation_marks(node)) > 1 for node in marked):
-        raise Stays((chain, "it is in a body, or has a part that is read by itself"))
+        raise Stays((chain, "it is in a body, or a part of another"))
     if len(values) != 1:
         raise Stays((chain, "it is evaluated several times, or for its effects"))
     (value,) = values
