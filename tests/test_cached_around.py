@@ -582,6 +582,41 @@ def test_a_branch_that_cannot_be_left_evaluates() -> None:
         assert_close(compiled(X + 1), model(X + 1).tanh())
 
 
+def test_a_branch_that_writes_to_the_value_is_not_compiled() -> None:
+    """It would write to another one: to a value of its own."""
+    model = _counting(_once)
+
+    def run(x: Tensor) -> Tensor:
+        def write(x: Tensor) -> Tensor:
+            model.cell.weight[0] = 0.25
+            return x + 0
+
+        w = model.cell.weight.reshape(-1)
+        return torch.cond(x.sum() > 0, write, lambda x: x + 0, (x,)) + w.sum()
+
+    compiled = torch.compile(run, backend=fxparam.backend("eager"))
+    raises = pytest.raises(torch._dynamo.exc.UncapturedHigherOrderOpError, match="cached")
+    with fxparam.cached(), torch.no_grad(), raises:
+        compiled(X + 1)
+
+
+def test_a_checkpoint_whose_original_is_written_after_it_is_left_to_eager_code() -> None:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = checkpoint(m.cell, x, use_reentrant=False)
+        with torch.no_grad():
+            m.cell.parametrizations.weight.original[:, 0].mul_(1.0)
+        return y
+
+    model, twin = Model("pure", run), Model("pure", run)
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(twin, backend=fxparam.backend("eager"))
+    with fxparam.cached():
+        actual, expected = compiled(X), model(X)
+    actual.sum().backward()
+    expected.sum().backward()
+    assert_close(twin.cell.bias.grad, model.cell.bias.grad)
+
+
 def test_code_that_layers_share_is_not_compiled_for_each() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

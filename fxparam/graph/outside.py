@@ -183,12 +183,12 @@ def _evaluations(gm: GraphModule, table: EffectTable) -> Iterator[Callable[[], _
             marked.setdefault(_chain(mark), []).append(node)
     tables = list(_tables(table))
     for chain, nodes in marked.items():
-        effects = any(
-            has_effects(t, node) is not None for t in tables for node in nodes if node in t.of
-        )
-        in_bodies = any(node not in table.of for node in nodes)
-        if in_bodies and not effects and _have_one_backward(tables, nodes):
-            continue  # reads cannot leave a body, and an evaluation more is no other program
+        seen = [(each, node) for each in tables for node in nodes if node in each.of]
+        if any(node not in table.of for node in nodes) and all(
+            _may_go_on(tables, *each) for each in seen
+        ):
+            continue  # reads cannot leave a body
+        effects = any(has_effects(each, node) is not None for each, node in seen)
         values = [n for n in nodes if evaluation_of_value(n) == evaluation_marks(n)[0].chain]
         if values or effects:
             yield partial(_found, gm, table, chain, nodes, values)
@@ -202,8 +202,15 @@ def _tables(table: EffectTable) -> Iterator[EffectTable]:
             yield from _tables(body)
 
 
-def _have_one_backward(tables: list[EffectTable], nodes: list[Node]) -> bool:
-    return all(has_one_backward_for_all(t, node) for t in tables for node in nodes if node in t.of)
+def _may_go_on(tables: list[EffectTable], own: EffectTable, node: Node) -> bool:
+    """Whether to evaluate in the graph once more is no other program than to take the value."""
+    effects = own.of[node]
+    return (
+        has_effects(own, node) is None
+        and has_one_backward_for_all(own, node)
+        and not any(each.written(effects.reads | effects.storages) for each in tables)
+        and not any(effects.storages & each.escaping for each in tables)
+    )
 
 
 def _found(
