@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_programs_give_the_same_as_in_eager(part: int) -> None:
     # Else the programs have become too tame, or too wild for torch.
     assert tally.shared >= tally.run / 3
     assert tally.verdicts[Verdict.SAME] >= tally.run / 2
+
+
+def test_programs_in_a_region_give_the_same_as_in_eager() -> None:
+    tally = campaign.Tally()
+    for _, judgement, tally in campaign.run(range(2 * _SLICE), around=True):
+        if judgement.verdict is Verdict.MISMATCH:
+            program = campaign.shrunk(tally.mismatches[-1])
+            pytest.fail(f"{judgement.differences}\n\n{render(program)}")
+    assert tally.verdicts[Verdict.SAME] >= tally.run / 2
+
+
+@pytest.mark.parametrize("seed", (8001, 8025))
+def test_programs_in_a_region_that_once_did_not(seed: int) -> None:
+    program = replace(generate(seed), around=True)
+    assert judge(program).verdict is not Verdict.MISMATCH
 
 
 @pytest.mark.parametrize("seed", _WERE_NOT)
