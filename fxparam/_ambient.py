@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["ambient"]
+__all__ = ["ambient", "ambient_mark"]
 
 
 @cache
@@ -27,3 +27,8 @@ def ambient() -> tuple[object, ...]:
             for d in _devices()
         ),
     )
+
+
+def ambient_mark() -> str:
+    """The same as a text, for what is traced."""
+    return ",".join(map(str, ambient()))

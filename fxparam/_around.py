@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from fxparam import _private, _static
-from fxparam._ambient import ambient
+from fxparam._ambient import ambient_mark
 from fxparam._stamp import Snapshot
 from fxparam.graph.outside import Outside, Stays, all_of, take_outside
 from fxparam.scopes import read, training_modes
@@ -70,7 +70,7 @@ def _chain_of(outside: Outside, inputs: Sequence[Any]) -> Module:
     chain = _static.chain_of(outside.chain)
     if chain is None:
         raise Stays((outside.chain, "it is gone"))
-    if outside.training != training_modes(chain) or outside.modes != ",".join(map(str, ambient())):
+    if outside.training != training_modes(chain) or outside.modes != ambient_mark():
         raise Stays((outside.chain, "modes are switched before it"))
     own = {id(held) for held in Snapshot(chain).objects}
     read = (*(inputs[i] for i in outside.inputs), *outside.attributes)

@@ -101,9 +101,9 @@ tree_flatten: Any = _lookup("torch.utils._pytree", "tree_flatten")
 tree_flatten_with_path: Any = _lookup("torch.utils._pytree", "tree_flatten_with_path")
 tree_unflatten: Any = _lookup("torch.utils._pytree", "tree_unflatten")
 tree_map: Any = _lookup("torch.utils._pytree", "tree_map")
+_saved_tensors_hooks: Any = _lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 # Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
 # ops too.
-_saved_tensors_hooks: Any = _lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 annotate: Any = _lookup("torch.fx.traceback", "annotate")
 # The node by which graphs switch the grad mode, whoever captured them.
 set_grad_enabled: Any = _lookup("torch._C", "_set_grad_enabled")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 from typing import TypeVar, cast
@@ -24,7 +25,7 @@ from torch.fx import Node
 from torch.nn import Module
 
 from fxparam import _private
-from fxparam._ambient import ambient
+from fxparam._ambient import ambient_mark
 from fxparam._inplace import written_argument
 from fxparam.graph.marks import AROUND, EVALUATION, REGION, within
 
@@ -56,25 +57,33 @@ _models: WeakKeyDictionary[CodeType, WeakSet[Module]] = WeakKeyDictionary()
 _MODELS = 4
 
 
-class _KeptOut:
-    """What is not to be traced, in the present compilation of a frame, which is traced anew.
+@dataclass
+class _Compilation:
+    """The attempts to compile one frame.
 
-    ``first`` is the first list that was, ``shared`` the answer to ``is_shared``.
+    Attributes:
+        number: Dynamo's.
+        shared: whether reads leave the graph, in code that serves several models.
+        first: the first list that was read in the graph.
+        chains, kinds: lists that are not to be, and what such lists consist of.
     """
 
-    compilation: object = None
+    number: object
+    shared: bool
     first: int | None = None
-    shared: bool = False
-    chains: set[int] = set()
-    kinds: set[tuple[type, ...]] = set()
+    chains: set[int] = field(default_factory=set)
+    kinds: set[tuple[type, ...]] = field(default_factory=set)
 
-    @classmethod
-    def now(cls) -> type[_KeptOut]:
-        if cls.compilation != _private.compilation():
-            cls.compilation, cls.first = _private.compilation(), None
-            cls.shared = _serves_several_models(_private.traced_code())
-            cls.chains, cls.kinds = set(), set()
-        return cls
+
+_latest = _Compilation(None, True)
+
+
+def _present_compilation() -> _Compilation:
+    global _latest
+    number = _private.compilation()
+    if number != _latest.number:
+        _latest = _Compilation(number, _serves_several_models(_private.traced_code()))
+    return _latest
 
 
 #: In place of a mark: this evaluation cannot be told from others by one.
@@ -107,7 +116,7 @@ def is_shared() -> bool:
 
     Compiled with a value of the region it serves one model alone.
     """
-    return _KeptOut.now().shared
+    return _present_compilation().shared
 
 
 def forget_models() -> None:
@@ -127,10 +136,11 @@ def region_around(chain: int) -> str:
     module = _private.traced_module(chain)
     if module is None and _private.trace_number():
         module = _chains.get(chain)  # Dynamo forgets between two bodies what it has seen in one
+    now = _present_compilation()
     if (
         module is None
-        or chain in _KeptOut.now().chains
-        or _kinds(module) in _KeptOut.now().kinds
+        or chain in now.chains
+        or _kinds(module) in now.kinds
         or not isinstance(_private.traced_for(), Backend)
         or _private.inside_functorch()
         or _private.traces_function_modes()
@@ -138,8 +148,8 @@ def region_around(chain: int) -> str:
         return ""
     _chains[chain] = module
     code = _private.traced_code()
-    if code is not None and _KeptOut.now().first is None:
-        _KeptOut.first = chain
+    if code is not None and now.first is None:
+        now.first = chain
         _models.setdefault(code, WeakSet()).add(module)
     return f"{_private.trace_number()}{AROUND}"
 
@@ -151,7 +161,7 @@ def chain_of(identity: int) -> Module | None:
 
 def keep_out_of_graphs(*chains: int) -> None:
     """Let reads of parametrization lists leave the graph when the present frame is traced anew."""
-    _KeptOut.now().chains.update(chains)
+    _present_compilation().chains.update(chains)
 
 
 def _serves_several_models(code: CodeType | None) -> bool:
@@ -196,8 +206,8 @@ def evaluation_of(chain: int, training: str) -> str:
     around = _present(EVALUATION)
     if _private.inside_functorch():
         return "" if around else UNTRACEABLE
-    modes = ",".join(map(str, ambient()))
-    return within(around, f"{_private.trace_number()}.{chain} {training} {modes} {next(_numbers)}")
+    own = f"{mark_of(chain)} {training} {ambient_mark()} {next(_numbers)}"
+    return within(around, own)
 
 
 @_constant
@@ -212,7 +222,7 @@ def retrace_without(chain: int) -> None:
 
     And of all of its kind: Dynamo traces a frame a hundred times at most.
     """
-    _KeptOut.now().kinds.add(_kinds(_chains[chain]))
+    _present_compilation().kinds.add(_kinds(_chains[chain]))
     _private.restart_trace("a parametrized tensor is read outside of the graph")
 
 
