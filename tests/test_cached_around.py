@@ -550,9 +550,9 @@ def _evaluated_by_itself(cell: nn.Module, x: Tensor) -> Tensor:
         (Buffers, _a_buffer_for_a_while),
         (Buffers, _exchanged_buffers),
         (static.Assigning, _evaluated_by_itself),
-        (static.Assigning, _under_a_device),
+        (static.Iterating, _under_a_device),
         (Enclosed, _a_variable_of_a_function),
-        (Buffers, _exchanged_parametrizations),
+        (Reaching, _exchanged_parametrizations),
     ],
 )
 def test_what_the_code_changes_before_it_reads_is_seen(
