@@ -1,9 +1,11 @@
-"""A job in a fresh process, with caches of its own that start empty."""
+"""A job in a fresh process, with caches of its own in which is nothing compiled of a program."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ def run_module(module: str, job: dict[str, Any], limit: float, *, cold: bool) ->
 
     Args:
         limit: seconds after which the process is ended.
-        cold: whether the compilers' caches are disabled; if not, they are empty at the start.
+        cold: whether the compilers' caches are disabled; if not, they start without programs.
 
     Returns:
         The result, or ``{"error": line}`` for a process that came to none.
@@ -29,6 +31,7 @@ def run_module(module: str, job: dict[str, Any], limit: float, *, cold: bool) ->
     with tempfile.TemporaryDirectory() as folder:
         given, target = Path(folder) / "job.json", Path(folder) / "result.json"
         given.write_text(json.dumps(job))
+        shutil.copytree(_instructions().name, Path(folder) / "inductor")
         command = [sys.executable, "-m", module, str(given), str(target)]
         child = subprocess.Popen(
             command,
@@ -51,6 +54,25 @@ def run_module(module: str, job: dict[str, Any], limit: float, *, cold: bool) ->
             result: dict[str, Any] = json.loads(target.read_text())
             return result
         return {"error": _reason(child.returncode, said)}
+
+
+# What the processor can do, as Inductor finds out: by compiling, for each set of instructions, a
+# program that uses it, and loading that in a process of its own.
+_FIND_INSTRUCTIONS = "from torch._inductor.cpu_vec_isa import pick_vec_isa; pick_vec_isa()"
+
+
+@functools.cache
+def _instructions() -> tempfile.TemporaryDirectory[str]:
+    """An Inductor cache with nothing but these programs, which cost 6 s where they are missing.
+
+    No compile time counts them, for they come with a process's first use of the compiler. Where
+    this fails, each process finds out for itself.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="fxparam-bench-")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder.name}
+    command = [sys.executable, "-c", _FIND_INSTRUCTIONS]
+    subprocess.run(command, env=environment, capture_output=True, check=False)
+    return folder
 
 
 def _reason(code: int, said: str) -> str:

@@ -117,14 +117,17 @@ def _job(
 def _probes(plan: Plan, case: Case, size: Size, tick: Tick, done: int) -> dict[str, Row]:
     """Figures of each contestant, in rounds whose order changes: a machine drifts.
 
-    The first process of a contestant does everything; those after it only compile and run.
+    The first process of a contestant does everything; those after it only compile and run, hence
+    there are none of one that does not compile.
     """
     names, order = plan.names(case), random.Random(0)
     found: dict[str, list[Row]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
     for turn in range(plan.probes):
         for place, name in enumerate(order.sample(names, len(names)), 1):
-            if spent[name] >= _ENOUGH or any("error" in each for each in found[name]):
+            compiles = CONTESTANTS[name].compiler is not None
+            enough = spent[name] >= _ENOUGH or (turn and not compiles)
+            if enough or any("error" in each for each in found[name]):
                 continue
             number = done + turn * len(names) + place
             tick(f"{case.name} ({case.grows} {case.knob(size)}): {name}", number)
