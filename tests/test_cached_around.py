@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn.functional import linear
 from torch.testing import assert_close
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fxparam
@@ -593,51 +592,6 @@ def test_an_original_that_is_the_value_is_the_parameter() -> None:
     compiled = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)
     with fxparam.cached():
         assert_close(compiled(cell, X), run(cell, X))
-
-
-class Positive(nn.Module):
-    """A value of as many elements as there are positive ones."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[x > 0]
-
-
-def _known_shape() -> nn.Module:
-    return ours.register_parametrization(_linear(), "weight", Doubled())
-
-
-def _unknown_shape() -> nn.Module:
-    return ours.register_parametrization(_linear(), "weight", Positive(), unsafe=True)
-
-
-def _subclass() -> nn.Module:
-    cell = _linear()
-    inner = cell.weight.detach()
-    cell.weight = nn.Parameter(TwoTensor(inner, 2 * inner))
-    return ours.register_parametrization(cell, "weight", Doubled())
-
-
-def _linear() -> nn.Linear:
-    return nn.Linear(3, 3, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("make", [_known_shape, _unknown_shape, _subclass])
-def test_values_that_may_be_no_inputs_of_graphs(make: Callable[[], nn.Module]) -> None:
-    def run(cell: nn.Module, x: Tensor) -> Tensor:
-        return x.cos() * (cell.weight * cell.weight).sum() + x.sin()
-
-    cell = make()
-    compiled = torch.compile(run, backend=fxparam.backend("aot_eager"))
-
-    def step(run: Callable[..., Tensor]) -> list[Any]:
-        cell.zero_grad()
-        with fxparam.cached():
-            y = run(cell, X) + run(cell, 2 * X)
-        y.sum().backward()
-        return [y.detach(), *(p.grad for p in cell.parameters())]
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        assert_close(step(compiled), step(run))
 
 
 def test_evaluations_that_a_graph_begins_with() -> None:
