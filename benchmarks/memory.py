@@ -11,13 +11,14 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.programs import Program
 
-__all__ = ["allocated", "free_at_once", "resident"]
+__all__ = ["allocated", "at_peak", "free_at_once", "resident"]
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -48,17 +49,49 @@ def allocated(program: Program, steps: int = 2) -> int:
         _steps(program, steps)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    changes, _ = _profiled(program, steps)
+    totals = itertools.accumulate(event["args"]["Bytes"] for event in changes)
+    return max(totals, default=0)
+
+
+def at_peak(program: Program, steps: int = 2) -> tuple[list[int], list[str]]:
+    """Why ``allocated`` is what it is, on the CPU.
+
+    Returns:
+        The bytes of each block that torch's allocator has given out when it has given out most,
+        largest first, and the names of the profiler's events around that moment, outermost first.
+    """
+    _prepare(program)
+    changes, spans = _profiled(program, steps)
+    alive: dict[int, int] = {}
+    total, most, blocks, when = 0, 0, list[int](), 0.0
+    for event in changes:
+        size, address = event["args"]["Bytes"], event["args"]["Addr"]
+        total += size
+        if size > 0:
+            alive[address] = size
+        else:
+            alive.pop(address, None)
+        if total > most:
+            most, blocks, when = total, sorted(alive.values(), reverse=True), event["ts"]
+    around = [e for e in spans if e["ts"] <= when <= e["ts"] + e["dur"]]
+    return blocks, [e["name"] for e in sorted(around, key=lambda e: (e["ts"], -e["dur"]))]
+
+
+def _profiled(program: Program, steps: int) -> tuple[list[Any], list[Any]]:
+    """What torch's profiler saw: changes of memory in their order, and events that last.
+
+    A negative change is memory given back; what was taken before the profile is not counted then.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _steps(program, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    # A negative number is memory given back; what was taken before the profile is not counted then.
     changes = [e for e in events if e.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    totals = itertools.accumulate(event["args"]["Bytes"] for event in changes)
-    return max(totals, default=0)
+    spans = [e for e in events if e.get("ph") == "X"]
+    return sorted(changes, key=lambda event: event["ts"]), spans
 
 
 def resident(program: Program, steps: int = 2, repeats: int = 5) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,17 +23,19 @@ def interleaved(
     makers: Mapping[str, Callable[[], Program]],
     expected: Callable[[str], Expected],
     rounds: int,
+    settle: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Time the programs in turns, so that a noisy machine is noisy for all of them.
 
-    Each turn is two steps of which the second is timed: as in training, a step comes after one of
-    its own. The order changes from round to round: in a fixed one two programs with the same
+    Each turn is two steps at least of which the last is timed: as in training, a step comes after
+    one of its own. The order changes from round to round: in a fixed one two programs with the same
     kernels differed by 15 %, always the same way.
 
     Args:
         makers: makes each program, by the contestant's name.
         expected: what eager gives, for a contestant's name.
         rounds: timed steps of each.
+        settle: seconds of untimed steps in each turn.
 
     Returns:
         For each name ``{"error": line}``, or the seconds of each round: ``{"steps", "forwards"}``.
@@ -51,13 +54,16 @@ def interleaved(
         else:
             right[name] = program
             results[name] = {"steps": [], "forwards": []}
-    for name in _in_turns(right, results, rounds):
+    for name in _in_turns(right, results, rounds, settle):
         results[name] = {"error": "recompiled while timed"}
     return results
 
 
 def _in_turns(
-    programs: Mapping[str, Program], results: dict[str, dict[str, Any]], rounds: int
+    programs: Mapping[str, Program],
+    results: dict[str, dict[str, Any]],
+    rounds: int,
+    settle: float,
 ) -> set[str]:
     """Add what is measured to the results; returns the names of those that compiled again."""
     turns, order, recompiled = list(programs.items()), random.Random(0), set()
@@ -67,7 +73,7 @@ def _in_turns(
             order.shuffle(turns)
             for name, program in turns:
                 graphs = graphs_captured()
-                timed_step(program)
+                _settle(program, settle)
                 step, forward = timed_step(program)
                 results[name]["steps"].append(step)
                 if forward is not None:
@@ -76,6 +82,15 @@ def _in_turns(
                 if graphs_captured() != graphs:
                     recompiled.add(name)
     return recompiled
+
+
+def _settle(program: Program, seconds: float) -> None:
+    """Untimed steps: at least one, until the seconds have passed."""
+    end = time.perf_counter() + seconds
+    while True:
+        timed_step(program)
+        if time.perf_counter() >= end:
+            return
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import benchmarks.__main__ as command
-from benchmarks import compile_cost, runner, worker
+from benchmarks import compile_cost, peak, runner, worker
 from benchmarks import process as processes
 from benchmarks.cases import CASES, Case, Size
 from benchmarks.cases.case import training_step
@@ -29,7 +31,7 @@ from benchmarks.environment import environment
 from benchmarks.errors import first_line
 from benchmarks.files import write_json
 from benchmarks.measure import compilation, timed_step
-from benchmarks.memory import allocated, resident
+from benchmarks.memory import allocated, at_peak, resident
 from benchmarks.process import run_job, run_module
 from benchmarks.programs import Program, Setting, program
 from benchmarks.runner import Plan
@@ -197,6 +199,24 @@ def test_turns_change_their_order_and_each_step_follows_one_of_its_own() -> None
         assert sorted(turn[::2]) == ["a", "b", "c"] and turn[::2] == turn[1::2]
 
 
+def test_a_turn_may_be_given_time_in_which_its_threads_settle() -> None:
+    ends: list[tuple[str, float]] = []
+
+    def named(name: str, model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+        outputs = training_step(model, run, inputs, done)
+        ends.append((name, time.perf_counter()))
+        return outputs
+
+    makers = {name: partial(_changed, partial(named, name)) for name in "ab"}
+    expected = _expected(RNN)
+    results = interleaved(makers, lambda name: expected, 1, settle=0.2)
+    assert all(len(each["steps"]) == 1 for each in results.values())
+    last = ends[-1][0]
+    turn = list(itertools.takewhile(lambda step: step[0] == last, reversed(ends)))
+    timed, settled, before = turn[0], turn[1], ends[-1 - len(turn)]
+    assert len(turn) > 2 and timed[1] > settled[1] >= before[1] + 0.2
+
+
 def test_a_program_that_compiles_again_while_it_is_timed_is_an_error() -> None:
     def twice(x: Tensor) -> Tensor:
         return 2 * x
@@ -360,6 +380,16 @@ def test_memory_is_what_the_allocator_gives_out_at_most() -> None:
     made.body = step
     first = allocated(made)
     assert 16_000 <= first < 17_000 and allocated(made) == first
+    blocks, inside = at_peak(made)
+    assert sum(blocks) == first and blocks[:2] == [8000, 8000] and inside[-1] == "aten::add"
+
+
+def test_what_is_allocated_at_the_peak_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert peak.main(["--case", "accumulation", "--contestant", "eager"]) == 0
+    assert "eager" in capsys.readouterr().out
+    assert peak.main(["--case", "orthogonal-rnn", "--contestant", "inductor-freezing"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == "--contestant inductor-freezing: does not apply to orthogonal-rnn"
 
 
 def test_a_process_that_fails_is_an_error_in_one_line() -> None:
