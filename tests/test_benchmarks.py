@@ -385,8 +385,11 @@ def test_memory_is_what_the_allocator_gives_out_at_most() -> None:
 
 
 def test_what_is_allocated_at_the_peak_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert peak.main(["--case", "accumulation", "--contestant", "eager"]) == 0
-    assert "eager" in capsys.readouterr().out
+    asked = ["--case", "accumulation", "--contestant", "eager"]
+    assert peak.main([*asked, "--value", "8"]) == 0
+    assert "accumulation, steps 8" in capsys.readouterr().out
+    assert peak.main([*asked, "--value", "0"]) == 2
+    assert capsys.readouterr().err.strip() == "--value 0: at least 1"
     assert peak.main(["--case", "orthogonal-rnn", "--contestant", "inductor-freezing"]) == 2
     said = capsys.readouterr().err.strip()
     assert said == "--contestant inductor-freezing: does not apply to orthogonal-rnn"
