@@ -716,6 +716,28 @@ def test_compile_cost_measures_a_graph_of_about_the_size_asked_for(kind: str) ->
     assert 0 < row["pass"] < row["compile"]
 
 
+def test_graphs_that_inductor_is_too_slow_for_have_more_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def ran(module: str, job: dict[str, Any], limit: float, *, cold: bool) -> dict[str, Any]:
+        asked.append((job["kind"], job["nodes"], job["inner"], limit))
+        if job["inner"] == "inductor":
+            return {"error": f"no result after {limit:.0f} s"}
+        nodes, inner = job["nodes"], job["inner"]
+        return {"nodes": nodes, "left": nodes, "pass": 1e-4 * nodes, "compile": 9.0, "inner": inner}
+
+    monkeypatch.setattr(compile_cost, "run_module", ran)
+    output = str(tmp_path / "cost.json")
+    assert compile_cost.main(["--nodes", "10", "20", "--limit", "5", "--output", output]) == 0
+    assert asked == [
+        (kind, *job)
+        for kind in compile_cost.KINDS
+        for job in ((10, "inductor", 65), (10, "aot_eager", 110), (20, "aot_eager", 110))
+    ]
+
+
 def test_linear_growth_has_slope_one() -> None:
     rows = [{"nodes": n, "pass": 3e-4 * n} for n in (1000, 2000, 20_000)]
     assert compile_cost.slope(rows) == pytest.approx(1.0)
