@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -86,8 +87,13 @@ def _problem(options: argparse.Namespace) -> str | None:
     for name, value in (("rounds", options.rounds), ("probes", options.probes)):
         if value is not None and value < 1:
             return f"--{name} {value}: at least 1"
-    if not options.limit > 0:  # also for NaN
-        return f"--limit {options.limit}: more than 0"
+    if not 0 < options.limit < math.inf:  # also for NaN
+        return f"--limit {options.limit}: a number of seconds, more than 0"
+    for option, path in (("--output", options.output), ("--show", options.show)):
+        if path is not None and path.suffix in (".png", ".svg"):
+            return f"{option} {path}: plots are written beside it with this ending"
+    if options.code is not None and options.code.exists() and not options.code.is_dir():
+        return f"--code {options.code}: not a folder"
     if options.output.is_dir() or not options.output.resolve().parent.is_dir():
         return f"--output {options.output}: not a file in a folder that exists"
     if options.show is not None and not options.show.is_file():
@@ -184,9 +190,13 @@ def main(arguments: list[str]) -> int:
         if recorded is None:
             print(f"--show {options.show}: not a recorded run", file=sys.stderr)
             return 2
-        for point in _points(recorded["rows"]):
-            print_rows(point, console)
-        _finish(recorded, options.show.with_suffix(""), console)
+        try:
+            for point in _points(recorded["rows"]):
+                print_rows(point, console)
+            _finish(recorded, options.show.with_suffix(""), console)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"--show {options.show}: not a recorded run: {error}", file=sys.stderr)
+            return 2
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("skipped: this torch sees no CUDA device")
@@ -222,9 +232,11 @@ def _recorded(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         in_a_line(found["environment"])
-        whole = "command" in found and all(
+        whole = all(
             row.keys() >= (_ROW if row["error"] else _ROW | _FIGURES) for row in found["rows"]
         )
+        whole = whole and {row["contestant"] for row in found["rows"]} <= CONTESTANTS.keys()
+        whole = whole and "command" in found and len(found["rows"]) > 0
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return found if whole else None

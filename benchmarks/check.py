@@ -29,8 +29,9 @@ _MOST = {"float32": 1e-2, "bfloat16": 0.5}
 _FIXED = {"float32": 2e-4, "bfloat16": 5e-2}
 # Of the largest gradient's norm: one that vanishes in theory is rounding in practice.
 _SMALLEST = 1e-4
-# Of a parameter's root mean square; weights that are stale are seen in bfloat16 too.
+# Of a parameter's root mean square, and absolute of inputs: stale ones are seen in bfloat16 too.
 _CHANGE = 0.1
+_WHEN = ("", " with other inputs", " after the parameters changed")
 
 
 class Wrong(Exception):
@@ -43,6 +44,7 @@ class Outcome:
 
     Attributes:
         names: of the model's parameters and buffers.
+        without: names of parameters that got no gradient.
         part: whether these are not all of eager's, and only what both have is compared.
     """
 
@@ -50,6 +52,7 @@ class Outcome:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor] | None
     names: frozenset[str]
+    without: frozenset[str]
     part: bool = False
 
 
@@ -63,13 +66,24 @@ class Expected:
 
 
 def outcomes_of(program: Program) -> list[Outcome]:
-    """The first step of a program, for a step may write buffers; then one with other parameters.
+    """The first step of a program, for a step may write buffers; then the later ones."""
+    return [outcome_of(program), *later_outcomes_of(program)]
 
-    The second notices a program that keeps a weight, or a value of it. Afterwards the parameters
-    are as before. A program whose weights are its own by design has no second.
+
+def later_outcomes_of(program: Program) -> list[Outcome]:
+    """A step with other inputs, then one with other parameters: they notice what is kept.
+
+    Afterwards inputs and parameters are as before. A program whose weights are its own by design
+    has no step with other parameters, one that computes the others' first step only has neither.
     """
-    first = outcome_of(program)
-    return [first] if program.fixed else [first, changed_outcome_of(program)]
+    if program.once:
+        return []
+    with _other_inputs(program):
+        found = [outcome_of(program)]
+    if not program.fixed:
+        with _other_parameters(program.model):
+            found.append(outcome_of(program))
+    return found
 
 
 def outcome_of(program: Program) -> Outcome:
@@ -77,24 +91,39 @@ def outcome_of(program: Program) -> Outcome:
     program.reset()
     outputs = [_copy(t) for t in program.tensors(program.step())]
     buffers, model = program.buffers(), program.model
-    names = frozenset(n for n, _ in (*model.named_parameters(), *model.named_buffers()))
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    gradients = _copies(program.gradients())
     return Outcome(
         outputs,
-        _copies(program.gradients()),
+        gradients,
         None if buffers is None else _copies(buffers),
-        names,
+        parameters | {name for name, _ in model.named_buffers()},
+        parameters - gradients.keys(),
         program.plain,
     )
 
 
-def changed_outcome_of(program: Program) -> Outcome:
-    """Run one step with other values in the parameters that train, the same for each program."""
-    with _changed(program.model):
-        return outcome_of(program)
+@contextmanager
+def _other_inputs(program: Program) -> Iterator[None]:
+    """The same for each program; whole numbers are exchanged among themselves."""
+    before = program.inputs
+    program.give(tuple(map(_another, before, range(len(before)))))
+    try:
+        yield
+    finally:
+        program.give(before)
+
+
+def _another(x: Tensor, seed: int) -> Tensor:
+    if not x.is_floating_point():
+        return x.flatten().flip(0).view_as(x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    return x + _CHANGE * noise
 
 
 @contextmanager
-def _changed(model: torch.nn.Module) -> Iterator[None]:
+def _other_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """Other values in the parameters that train, the same for each program."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     with torch.no_grad():
@@ -129,8 +158,7 @@ def check(actual: list[Outcome], expected: Expected) -> None:
     """
     for i, (mine, eager) in enumerate(zip(actual, expected.eager, strict=False)):
         exact = expected.exact[i] if expected.exact else None
-        when = " after the parameters changed" if i else ""
-        _check_step(mine, eager, exact, expected.dtype, when)
+        _check_step(mine, eager, exact, expected.dtype, _WHEN[i])
 
 
 def _check_step(
@@ -142,6 +170,8 @@ def _check_step(
         _same(f"output {i}{when}", a, b, exact.outputs[i] if exact else None, dtype)
     both = mine.names & eager.names if mine.part else None
     for kind in ("gradient", "buffer"):
+        if kind == "gradient" and mine.part and eager.gradients and mine.without - eager.names:
+            raise Wrong(f"gradients of {', '.join(sorted(mine.without - eager.names))}: none")
         own, theirs = _named(mine, kind, both), _named(eager, kind, both)
         right = _named(exact, kind, both) if exact else None
         if own is None or theirs is None:

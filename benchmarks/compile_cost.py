@@ -249,6 +249,9 @@ def main(arguments: list[str]) -> int:
     if output.is_dir() or not output.resolve().parent.is_dir():
         print(f"--output {output}: not a file in a folder that exists", file=sys.stderr)
         return 2
+    if not 0 < options.limit < math.inf:
+        print(f"--limit {options.limit}: a number of seconds, more than 0", file=sys.stderr)
+        return 2
     if min(options.nodes) < 1:
         print(f"--nodes {min(options.nodes)}: at least 1", file=sys.stderr)
         return 2
@@ -278,6 +281,6 @@ def _child(job: Path, target: Path) -> int:
 if __name__ == "__main__":
     given = sys.argv[1:]
     # In a fresh process of its own, it is given a job and where the result goes.
-    if len(given) == 2 and not given[0].startswith("-"):
+    if len(given) == 2 and Path(given[0]).is_file():
         sys.exit(_child(Path(given[0]), Path(given[1])))
     sys.exit(main(given))

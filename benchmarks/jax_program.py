@@ -19,6 +19,12 @@ class _JaxProgram(Program):
     """Outputs and gradients are arrays; nothing is left in torch's parameters."""
 
     last: dict[str, Any]
+    put: Callable[[Tensor], Any]
+    given: list[Any]
+
+    def give(self, inputs: Inputs) -> None:
+        super().give(inputs)
+        self.given = [self.put(x) for x in inputs]
 
     def tensors(self, outputs: list[Any]) -> list[Tensor]:
         return [_to_torch(array) for array in outputs]
@@ -61,7 +67,6 @@ def jax_program(case: Case, contestant: Contestant, size: Size, setting: Setting
     trained = {name: put(p) for name, p in named.items() if p.requires_grad}
     others = {name: p for name, p in named.items() if not p.requires_grad}
     fixed = {name: put(t) for name, t in (*others.items(), *model.named_buffers())}
-    given = [put(x) for x in inputs_of(case, size, setting)]
 
     def loss(trained: dict[str, Any], inputs: list[Any]) -> tuple[Any, Any]:
         y = forward({**fixed, **trained}, inputs, by_hand)
@@ -70,9 +75,11 @@ def jax_program(case: Case, contestant: Contestant, size: Size, setting: Setting
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def body(model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]) -> Any:
-        (_, y), made.last = step(trained, given)
+        (_, y), made.last = step(trained, made.given)
         jax.block_until_ready((y, made.last))
         return y
 
     made = _JaxProgram(model, model, (), body, setting, fixed=True)
+    made.put = put
+    made.give(inputs_of(case, size, setting))
     return made

@@ -49,6 +49,8 @@ class Program:
         plain: whether the parametrizations were removed from the model.
         fixed: whether by design it runs with weights of its own, not the model's parameters as
             they are then: frozen, plain, in a package, JAX's.
+        once: whether only its first step is also the others': plain, where evaluations have effects
+            and with them other values in the next step.
     """
 
     model: nn.Module
@@ -58,6 +60,11 @@ class Program:
     setting: Setting = field(default_factory=Setting)
     plain: bool = False
     fixed: bool = False
+    once: bool = False
+
+    def give(self, inputs: Inputs) -> None:
+        """Let the steps to come have these inputs."""
+        self.inputs = inputs
 
     def reset(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -125,7 +132,7 @@ def program(
     step = case.step_of(contestant.source == "by hand")
     plain, compiled = contestant.source == "plain", contestant.compiler is not None
     fixed = plain or contestant.freezing or (case.exported and compiled)
-    return Program(model, run, inputs, step, setting, plain, fixed)
+    return Program(model, run, inputs, step, setting, plain, fixed, plain and case.effects)
 
 
 def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:

@@ -127,7 +127,10 @@ def print_table(title: str, columns: tuple[str, ...], lines: list[list[str]], co
             print(text)
     else:
         console.print(f"\n{title}", markup=False, soft_wrap=True)
-        console.print(_rich(columns, whole))
+        table = _rich(columns, whole)
+        # Not cropped: no column is left out, and a narrow terminal breaks the lines.
+        width = max(console.width, console.measure(table).minimum)
+        console.print(table, width=width, crop=False)
     for line in lines:
         if len(line) != len(columns):
             print_line(f"  {line[0]}: {line[1]}", console)
@@ -144,7 +147,8 @@ def _rich(columns: tuple[str, ...], lines: list[list[str]]) -> Any:
     table = Table()
     for i, column in enumerate(columns):
         justify: Any = "right" if i else "left"
-        cells = max((len(line[i]) for line in lines), default=1)  # only heads are folded
+        # Only heads are folded, between words.
+        cells = max(map(len, (*column.split(), *(line[i] for line in lines))))
         table.add_column(escape(column), justify=justify, overflow="fold", min_width=cells)
     for line in lines:
         table.add_row(*map(escape, line))

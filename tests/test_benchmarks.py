@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from benchmarks import compile_cost, peak, runner, worker
 from benchmarks import process as processes
 from benchmarks.cases import CASES, Case, Size
 from benchmarks.cases.case import training_step
-from benchmarks.check import Expected, Wrong, check, expected_of, outcomes_of
+from benchmarks.check import Expected, Wrong, check, expected_of, outcome_of, outcomes_of
 from benchmarks.contestants import BY_HAND, CONTESTANTS, contestants_for
 from benchmarks.counting import COUNTS
 from benchmarks.environment import environment
@@ -36,6 +37,7 @@ from benchmarks.process import run_job, run_module
 from benchmarks.programs import Program, Setting, program
 from benchmarks.runner import Plan
 from benchmarks.statistic import ratios, spread
+from benchmarks.table import print_table
 from benchmarks.timing import interleaved
 
 HERE = Setting()
@@ -98,7 +100,7 @@ def test_jax_computes_the_same_and_leaves_its_arrays_to_the_check(name: str) -> 
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
     assert made.gradients().keys() == trained
     outcomes = outcomes_of(made)
-    assert len(outcomes) == 1
+    assert len(outcomes) == 2  # none with other parameters
     check(outcomes, _expected(RNN))
 
 
@@ -183,6 +185,67 @@ def test_a_contestant_that_is_wrong_is_refused_and_the_others_are_timed() -> Non
         assert results[name]["error"].startswith(line)
 
 
+def _lazy(step: int, model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+    """Does nothing any more from its so-manieth step on."""
+    model.ran = getattr(model, "ran", 0) + 1
+    return model.last if model.ran >= step else training_step(model, run, inputs, done)
+
+
+def _kept(model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+    """Keeps what it gave for parameters, whatever the inputs are."""
+    key = tuple(float(p.detach().sum()) for p in model.parameters())
+    kept = model.__dict__.setdefault("kept", {})
+    if key not in kept:
+        y = training_step(model, run, inputs, done)
+        kept[key] = y.detach(), [p.grad for p in model.parameters()]
+    y, gradients = kept[key]
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient
+    return y
+
+
+def _spoils(model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+    y = training_step(model, run, inputs, done)
+    model.ran = getattr(model, "ran", 0) + 1
+    if model.ran > 4:
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+    return y
+
+
+def test_a_contestant_that_goes_wrong_while_it_is_timed_is_refused() -> None:
+    def nothing(model: nn.Module, run: Any, inputs: Any, done: Any) -> Any:
+        model.last = torch.zeros(())
+        return _lazy(5, model, run, inputs, done)
+
+    makers = {
+        "right": _right,
+        "nothing": partial(_changed, nothing),
+        "kept": partial(_changed, _kept),
+        "spoils": partial(_changed, _spoils),
+    }
+    expected = _expected(RNN)
+    results = interleaved(makers, lambda name: expected, 3)
+    assert len(results["right"]["steps"]) == 3
+    assert results["nothing"]["error"].startswith("once it was timed: Wrong: output 0")
+    assert results["spoils"]["error"].startswith("once it was timed: Wrong: output 0")
+    assert results["kept"]["error"].startswith("Wrong: output 0 with other inputs")
+
+
+def test_buffers_are_as_at_the_start_for_the_step_after_the_timing() -> None:
+    case = CASES["spectral-rnn"]
+    expected = _expected(case)
+    makers = {"eager": lambda: program(case, CONTESTANTS["eager"], case.tiny, HERE)}
+    assert len(interleaved(makers, lambda name: expected, 3)["eager"]["steps"]) == 3
+
+
+def test_a_plain_weight_without_a_gradient_is_refused() -> None:
+    made = program(RNN, CONTESTANTS["plain"], RNN.tiny, HERE)
+    made.model.cell.weight.requires_grad_(False)
+    with pytest.raises(Wrong, match="gradients of cell.weight: none"):
+        check([outcome_of(made)], _expected(RNN))
+
+
 def test_turns_change_their_order_and_each_step_follows_one_of_its_own() -> None:
     ran: list[str] = []
 
@@ -193,6 +256,7 @@ def test_turns_change_their_order_and_each_step_follows_one_of_its_own() -> None
     makers = {name: partial(_changed, partial(named, name)) for name in "abc"}
     expected = _expected(RNN)
     interleaved(makers, lambda name: expected, 8)
+    del ran[-3:]  # checked once more
     turns = ["".join(ran[i : i + 6]) for i in range(len(ran) - 48, len(ran), 6)]
     assert len(set(turns)) > 1
     for turn in turns:
@@ -211,6 +275,7 @@ def test_a_turn_may_be_given_time_in_which_its_threads_settle() -> None:
     expected = _expected(RNN)
     results = interleaved(makers, lambda name: expected, 1, settle=0.2)
     assert all(len(each["steps"]) == 1 for each in results.values())
+    del ends[-2:]  # checked once more
     last = ends[-1][0]
     turn = list(itertools.takewhile(lambda step: step[0] == last, reversed(ends)))
     timed, settled, before = turn[0], turn[1], ends[-1 - len(turn)]
@@ -458,7 +523,7 @@ def test_freezing_evaluates_nothing_once_it_is_compiled() -> None:
     with compilation() as seen:
         outcomes = outcomes_of(made)
     assert "_frozen_param" in seen.code[0]
-    assert len(outcomes) == 1
+    assert len(outcomes) == 2  # none with other parameters
     check(outcomes, _expected(case))
 
 
@@ -659,8 +724,12 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["--output", "no_such_folder/x.json"], "not a file in a folder that exists"),
         (["--show", "no_such.json"], "no such file"),
         (["--rounds", "0"], "at least 1"),
-        (["--limit", "0"], "--limit 0.0: more than 0"),
-        (["--limit", "nan"], "--limit nan: more than 0"),
+        (["--limit", "0"], "--limit 0.0: a number of seconds, more than 0"),
+        (["--limit", "nan"], "--limit nan: a number"),
+        (["--limit", "inf"], "--limit inf: a number"),
+        (["--output", "x.png"], "--output x.png: plots are written beside it with this ending"),
+        (["--show", "x.svg"], "--show x.svg: plots are"),
+        (["--code", __file__], "not a folder"),
         (
             ["--case", "ode", "--contestant", "inductor-freezing"],
             "applies to none of the cases ode",
@@ -714,6 +783,51 @@ def test_compile_cost_measures_a_graph_of_about_the_size_asked_for(kind: str) ->
     assert 60 <= row["nodes"] <= 100
     assert (row["left"] < row["nodes"] / 2) == (kind == "repeated")
     assert 0 < row["pass"] < row["compile"]
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-5"])
+def test_compile_cost_takes_a_number_of_seconds(
+    limit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compile_cost.main(["--limit", limit]) == 2
+    assert "a number of seconds, more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(contestant="zzz"),
+        lambda row: row.update(step=5),
+        lambda row: row.update(step_ratio="x"),
+        lambda row: row.update(compile="x"),
+        lambda row: row.update(evaluations=[1]),
+        None,
+    ],
+)
+def test_what_is_no_recorded_run_gives_one_line_and_2(
+    change: Callable[[dict[str, Any]], None] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorded = json.loads((processes.ROOT / "benchmarks/results/cpu-quick.json").read_text())
+    if change is None:
+        recorded["rows"] = []
+    else:
+        change(next(row for row in recorded["rows"] if row["error"] is None))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(recorded))
+    assert command.main(["--show", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "not a recorded run" in said and said.count("\n") == 1
+
+
+def test_no_column_is_left_out_of_a_narrow_terminal() -> None:
+    console = pytest.importorskip("rich.console").Console(width=40, file=io.StringIO())
+    columns = tuple(f"column {i}" for i in range(12))
+    print_table("a table", columns, [["contestant", *("1234567",) * 11]], console)
+    printed = console.file.getvalue()
+    assert printed.count("1234567") == 11 and "…" not in printed
+    assert all(str(i) in printed for i in range(12))
 
 
 def test_graphs_that_inductor_is_too_slow_for_have_more_time(
