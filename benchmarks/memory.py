@@ -83,7 +83,9 @@ def _profiled(program: Program, steps: int) -> tuple[list[Any], list[Any]]:
 
     A negative change is memory given back; what was taken before the profile is not counted then.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Without ``acc_events`` torch 2.11 warns of cycles, of which there is one.
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         _steps(program, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
