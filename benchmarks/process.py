@@ -63,7 +63,7 @@ _FIND_INSTRUCTIONS = "from torch._inductor.cpu_vec_isa import pick_vec_isa; pick
 
 @functools.cache
 def _instructions() -> tempfile.TemporaryDirectory[str]:
-    """An Inductor cache with nothing but these programs, which cost 6 s where they are missing.
+    """An Inductor cache with nothing but these programs, which take seconds where they are missing.
 
     No compile time counts them, for they come with a process's first use of the compiler. Where
     this fails, each process finds out for itself.
