@@ -1,22 +1,24 @@
 """Parametrized tensors for PyTorch, evaluated once."""
 
-from fxparam.backend import Backend, backend
-from fxparam.compile import compile
-from fxparam.export import export, fold
-from fxparam.graph import HoistResult, Report, Rule
-from fxparam.hoisting import hoist
-from fxparam.parametrize import (
-    ParametrizationList,
-    adopt,
+from fxparam.compiling.backend import Backend, backend
+from fxparam.compiling.entry import compile
+from fxparam.eager.adopt import adopt
+from fxparam.eager.parametrization_list import ParametrizationList
+from fxparam.eager.register import (
     is_parametrized,
     register_parametrization,
     remove_parametrizations,
     transfer_parametrizations_and_params,
     type_before_parametrizations,
 )
-from fxparam.scopes import cached
-from fxparam.splitting import split
-from fxparam.tracing import Tracer, symbolic_trace
+from fxparam.exporting.export import export
+from fxparam.exporting.fold import fold
+from fxparam.graph import HoistResult, Report, Rule
+from fxparam.scopes.region import cached
+from fxparam.tracing.hoist import hoist
+from fxparam.tracing.split import split
+from fxparam.tracing.trace import symbolic_trace
+from fxparam.tracing.tracer import Tracer
 
 __version__ = "0.1.0"
 

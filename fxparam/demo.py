@@ -314,7 +314,7 @@ def _unusable(device: str, output: Path) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The ``demo`` command; returns the exit code."""
+    """Return the ``demo`` command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         import matplotlib  # noqa: F401

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
 import fxparam
-from fxparam.backend import Backend, backend
+from fxparam.compiling.backend import Backend, backend
 from tests import helpers, zoo
 from tests.helpers import Counting, Loop, check_against_eager, counted
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from torch.testing import assert_close
 
 import fxparam.parametrize as ours
-from fxparam import _context
+from fxparam.scopes import store
 from tests import zoo
 
 # --- sharing ----------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_nested_regions_are_one() -> None:
         with ours.cached():
             inner = layer.weight
         assert layer.weight is inner
-    assert parametrization.evaluations == 1 and not _context.active
+    assert parametrization.evaluations == 1 and not store.active
 
 
 def test_two_tensors_and_two_modules() -> None:

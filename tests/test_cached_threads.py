@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fxparam.parametrize as ours
-from fxparam import _context
+from fxparam.scopes import store
 from tests import zoo
 
 
@@ -24,7 +24,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError), ours.cached():
         _ = layer.weight
         raise ZeroDivisionError
-    assert not _context.active
+    assert not store.active
     assert layer.weight is not layer.weight
     parametrization.function = lambda x: 1 / 0  # type: ignore[assignment,return-value]
     with ours.cached():
@@ -117,7 +117,7 @@ def test_a_generator_closed_elsewhere() -> None:
     context = contextvars.copy_context()
     context.run(next, generator)
     generator.close()  # type: ignore[attr-defined]  # in another context than it ran in
-    assert not _context.active and not context.run(lambda: _context.active)
+    assert not store.active and not context.run(lambda: store.active)
 
 
 def test_a_region_keeps_no_model_alive() -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import fxparam
-from fxparam.graph.naming import Step
+from fxparam.graph.passes.naming import Step
 from tests import helpers, zoo
 from tests.graph import test_motion
 

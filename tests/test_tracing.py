@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import fxparam
-from fxparam.graph.naming import Step
+from fxparam.graph.passes.naming import Step
 from tests import helpers, zoo
 
 WRAPS: dict[str, Callable[[nn.Module], Any]] = {

@@ -1,12 +1,12 @@
 """The passes: graph in, graph or facts out. Nothing here knows which capture made a graph."""
 
-from fxparam.graph.carries import show_what_bodies_pass_on
-from fxparam.graph.effects import Effects, EffectTable, analyze
-from fxparam.graph.evaluations import Evaluation, evaluations
-from fxparam.graph.hoist import HoistResult, hoist
-from fxparam.graph.legality import Rule, refusal
+from fxparam.graph.analysis.effects import Effects, EffectTable, analyze
+from fxparam.graph.analysis.evaluations import Evaluation, evaluations
+from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.report import Entry, Kept, Report
-from fxparam.graph.saving import save_reads_of_overwritten_inputs
+from fxparam.graph.rules import Rule, refusal
+from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
+from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
 
 __all__ = [
     "EffectTable",

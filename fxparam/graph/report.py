@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from fxparam.graph.evaluations import Evaluation
-from fxparam.graph.legality import Rule
-from fxparam.graph.nodes import is_view
+from fxparam.graph.analysis.evaluations import Evaluation
+from fxparam.graph.analysis.nodes import is_view
+from fxparam.graph.rules import Rule
 
 __all__ = ["Entry", "Kept", "Report", "make_report"]
 
@@ -141,13 +141,13 @@ def make_report(
 
 
 def _is_for_others(site: Evaluation, nodes: set[Node]) -> bool:
-    """Whether a site is the beginning of others, and its own value was never used."""
+    """Check whether a site is the beginning of others, and its own value was never used."""
     users = {user for node in site.nodes for user in node.users} - {*site.nodes}
     return bool(users) and users <= nodes
 
 
 def _whole(left: list[Evaluation], before: Counter[str]) -> list[Evaluation]:
-    """An evaluation of which a part was moved out of a body, and a part stayed, is one."""
+    """Return an evaluation of which a part was moved out of a body, and a part stayed, is one."""
     found: dict[str, list[Evaluation]] = {}
     for site in left:
         found.setdefault(site.access, []).append(site)

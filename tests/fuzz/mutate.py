@@ -47,7 +47,7 @@ def _always(answer: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 Mutation = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _EVERYWHERE = "fxparam.graph"
-_NUMBERING = "fxparam.graph.numbering"
+_NUMBERING = "fxparam.graph.analysis.numbering"
 
 #: For each predicate, under the number of its rule: the function, where it is looked up, and what
 #: becomes of it.

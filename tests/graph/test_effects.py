@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxparam.graph import Effects, analyze, ops
+from fxparam.graph import Effects, analyze
+from fxparam.graph.analysis import op_effects
 
 
 def _last(call: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node]) -> tuple[Effects, int]:
@@ -208,8 +209,8 @@ def test_one_of_several_results_is_that_one(place: int) -> None:
 def test_rows_are_taken_without_running_ops_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop over as many rows as there are would cost their square."""
     observed = []
-    observe = ops._observe
-    monkeypatch.setattr(ops, "_observe", lambda n, m: observed.append(n) or observe(n, m))
+    observe = op_effects._observe
+    monkeypatch.setattr(op_effects, "_observe", lambda n, m: observed.append(n) or observe(n, m))
     graph = torch.fx.Graph()
     with FakeTensorMode() as mode:
         x = graph.placeholder("x")

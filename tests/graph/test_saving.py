@@ -59,7 +59,7 @@ def test_a_pass_of_the_users_own_still_runs() -> None:
 
 
 def test_a_list_of_passes_of_the_users_own() -> None:
-    from fxparam._private import inductor_with
+    from fxparam._torch.inductor import inductor_with
 
     seen: list[str] = []
     before = [lambda graph: seen.append("one"), lambda graph: seen.append("two")]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 import fxparam
-from fxparam.graph.evaluations import evaluations
+from fxparam.graph.analysis.evaluations import evaluations
 
 transformers: Any = pytest.importorskip("transformers")
 layers: Any = pytest.importorskip("orthogonium.layers")

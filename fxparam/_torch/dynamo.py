@@ -1,0 +1,248 @@
+"""Dynamo: what it has traced so far, whom it traces for, and how to make it trace anew."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from fxparam._torch.names import lookup
+
+__all__ = [
+    "annotate",
+    "clear_trace_marks",
+    "compilation",
+    "dynamo_export",
+    "held_as",
+    "is_in_traced_generator",
+    "is_parameter_or_buffer",
+    "lookup_backend",
+    "restart_trace",
+    "trace_marks",
+    "trace_number",
+    "traced_assignments",
+    "traced_changes",
+    "traced_code",
+    "traced_for",
+    "traced_module",
+    "traces_function_modes",
+]
+
+# Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
+# ops too.
+annotate: Any = lookup("torch.fx.traceback", "annotate")
+
+
+def clear_trace_marks(keys: Iterable[str]) -> None:
+    """Remove marks that a trace has left behind, as one does that was left out of order."""
+    for key in keys:
+        trace_marks().pop(key, None)
+
+
+def trace_marks() -> dict[str, Any]:
+    """What the nodes that are being traced are marked with."""
+    # Looked up each time: torch binds the name to another dictionary.
+    marks: dict[str, Any] = lookup("torch.fx.traceback", "current_meta").get("custom") or {}
+    return marks
+
+
+def trace_number() -> int:
+    """A number of its own for each time that Dynamo traces a frame; 0 while it traces none."""
+    output = _tracer_output()
+    if output is None:
+        return 0
+    number: int = output.__dict__.setdefault("_fxparam_trace", next(_trace_numbers))
+    return number
+
+
+_trace_numbers = itertools.count(1)
+
+
+def _tracer_output() -> Any:
+    translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
+    try:
+        return translator.current_tx().output
+    except AttributeError:  # nothing is being traced
+        return None
+
+
+def traced_code() -> types.CodeType | None:
+    """Return the code of the frame that Dynamo is tracing; None while it traces none."""
+    output = _tracer_output()
+    return None if output is None else output.root_tx.f_code
+
+
+def compilation() -> object:
+    """What the attempts to compile a frame have in common, while Dynamo makes one."""
+    output = _tracer_output()
+    return None if output is None else output.dynamo_compile_id
+
+
+def traced_module(identity: int) -> torch.nn.Module | None:
+    """Return a module that Dynamo has seen in the present trace; None while it traces nothing."""
+    output = _tracer_output()
+    seen = {} if output is None else output.side_effects.id_to_variable
+    module = getattr(seen.get(identity), "value", None)
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def traces_function_modes() -> bool:
+    """Check whether the code that is being traced runs under a ``TorchFunctionMode``."""
+    translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
+    return bool(translator.current_tx().symbolic_torch_function_state.mode_stack)
+
+
+def restart_trace(reason: str) -> NoReturn:
+    """Let Dynamo trace the present frame once more, on another path.
+
+    Raises:
+        torch._dynamo.exc.RestartAnalysis: of two kinds at once, one that Dynamo lets backends raise
+            and one after which it does not expect to take the same path.
+    """
+    kinds = [
+        lookup("torch._dynamo.exc", f"{kind}RestartAnalysis")
+        for kind in ("TensorifyScalar", "Unspecialize")
+    ]
+    raise type("RestartAnalysis", tuple(kinds), {})(restart_reason=reason)
+
+
+def is_in_traced_generator(own: types.CodeType) -> bool:
+    """Check whether Dynamo is tracing the code of a generator, other than ``own`` code.
+
+    Dynamo keeps what it is tracing on the Python stack, one interpreter's ``run`` in another's.
+    """
+    generator = lookup("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
+    frame = sys._getframe()
+    while frame is not None:
+        traced = frame.f_locals.get("self") if frame.f_code.co_name == "run" else None
+        if isinstance(traced, generator) and traced.f_code is not own:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def traced_assignments(module: int) -> list[str]:
+    """What traced code has changed of the attributes of a module and those in it, but tensors.
+
+    Dynamo keeps assignments to itself until the graph has run, and only it knows them.
+
+    Args:
+        module: its identity.
+    """
+    tensor = lookup("torch._dynamo.variables", "TensorVariable")
+    effects = _tracer_output().side_effects
+    root = effects.id_to_variable.get(module)
+    found: list[str] = []
+    for owner in root.value.modules() if root is not None else ():
+        variable = effects.id_to_variable.get(id(owner))
+        for name, value in effects.store_attr_mutations.get(variable, {}).items():
+            if not isinstance(value, tensor) and not _is_constant(value, vars(owner).get(name)):
+                found.append(f"{id(owner)}.{name}={value!r}")
+    return found
+
+
+def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
+    """What traced code has changed of objects that were there before it.
+
+    Dynamo keeps changes to itself until the graph has run.
+
+    Yields:
+        An object, or a variable of Dynamo's that stands for one, with an attribute or key of it,
+        empty where that is not known, and the node of the tensor that is there now, if it is one.
+    """
+    output = _tracer_output()
+    if output is None:
+        return
+    effects = output.side_effects
+    there = {id(each): each for each in effects.keepalive}
+    for identity, variable in list(effects.id_to_variable.items()):
+        kind = type(variable.mutation_type).__name__
+        own_cell = getattr(variable, "local_name", None) is not None  # of the frame's locals
+        if kind == "NoneType" or kind.endswith("New") or own_cell:
+            continue
+        if not effects.is_modified(variable):
+            continue
+        owner = there.get(identity, variable)
+        values = effects.store_attr_mutations.get(variable) or _items_of(variable)
+        if not values:
+            yield owner, "", None
+        for name, value in values.items():
+            if not _stands_for(value, held_as(owner, name)):
+                yield owner, name, _tensor_node(value)
+
+
+def held_as(owner: object, name: str) -> object:
+    """What an object has under the name of an attribute of its own, or a dictionary of a key."""
+    held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+    return held.get(name)
+
+
+def _items_of(variable: Any) -> dict[str, Any]:
+    """What a dictionary that was changed holds, by name; nothing where that cannot be told."""
+    try:
+        return {key.vt.as_python_constant(): value for key, value in variable.items.items()}
+    except (AttributeError, NotImplementedError):
+        return {}
+
+
+def _tensor_node(variable: Any) -> torch.fx.Node | None:
+    tensor = isinstance(variable, lookup("torch._dynamo.variables", "TensorVariable"))
+    return variable.as_proxy().node if tensor else None
+
+
+def _stands_for(variable: Any, value: object) -> bool:
+    """Check whether one of Dynamo's variables is known to stand for an object, or an equal
+    constant.
+    """
+    if hasattr(variable, "is_realized") and not variable.is_realized():
+        return bool(variable.original_value() is value)
+    return getattr(variable, "value", variable) is value or _is_constant(variable, value)
+
+
+def _is_constant(variable: Any, value: object) -> bool:
+    """Whether one of Dynamo's variables stands for a Python value that is equal to another."""
+    constant = variable.as_python_constant() if variable.is_python_constant() else variable
+    return type(constant) is type(value) and bool(constant == value)
+
+
+def traced_for() -> object:
+    """Return the backend for which Dynamo is tracing, without the wrappers that torch puts around
+    it.
+    """
+    backend = _tracer_output().compiler_fn
+    seen: list[object] = []
+    while backend is not None and backend not in seen:
+        seen.append(backend)
+        inner = getattr(backend, "_torchdynamo_orig_backend", None)
+        inner = inner or getattr(backend, "compiler_fn", None)
+        backend = inner or backend
+    return seen[-1] if seen else None
+
+
+def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
+    """One call of ``root`` as a graph of torch operations, which reads tensors as attributes."""
+    # Every call traces anew. That is no recompilation to be limited.
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
+    with lookup("torch._dynamo", "config").patch(limits):
+        return lookup("torch._dynamo", "export")(root)(*args).graph_module
+
+
+def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
+    """Check whether Dynamo says, in a placeholder's ``meta``, that it is a module's parameter or
+    buffer.
+
+    Dynamo marks them for AOTAutograd's static inputs; the mark is there in frames resumed after a
+    graph break too, where module names are lost.
+    """
+    return "_dynamo_static_input_type" in (meta.get("tensor_dict") or {})
+
+
+def lookup_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Return the ``torch.compile`` backend of a name; a callable is its own."""
+    # Imported when asked: the registry loads Dynamo.
+    found: Callable[..., Any] = lookup("torch._dynamo.backends.registry", "lookup_backend")(inner)
+    return found

@@ -1,0 +1,65 @@
+"""Inductor, configured as ``torch.compile`` configures it, with graph passes of ours."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fxparam._torch.names import lookup
+
+__all__ = ["inductor_with"]
+
+_inductor_wrapper = lookup("torch", "_TorchCompileInductorWrapper")
+
+
+def inductor_with(
+    mode: str | None, options: dict[str, Any] | None, **passes: Callable[[Any], None]
+) -> Any:
+    """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
+
+    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
+    checking and meaning live in this wrapper and nowhere else.
+
+    ``passes`` are under the names of Inductor's options for passes of the user's own, and run
+    after those.
+    """
+    inductor = _inductor_wrapper(mode, options, None)
+    for name, function in passes.items():
+        users = inductor.config.get(name, getattr(_inductor_config(), name))
+        # Inductor takes one pass, a list of them in newer versions.
+        before = users if isinstance(users, (list, tuple)) else [users] if users else []
+        inductor.config[name] = _graph_pass(tuple(before), function)
+    return inductor
+
+
+def _inductor_config() -> Any:
+    return importlib.import_module("torch._inductor.config")
+
+
+@functools.cache
+def _graph_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
+    """Inductor's graph pass of a function, made lazily: its base is slow to import."""
+    base = lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
+    hash_files = lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
+    package = Path(__file__).parents[1]
+    files = (file for folder in ("_torch", "graph") for file in (package / folder).rglob("*.py"))
+    sources = tuple(map(str, sorted(files)))
+    # Passes that are told whether the graph is one of inference: newer versions have them.
+    told: Any = getattr(sys.modules[base.__module__], "CustomInferenceAwareGraphPass", ())
+
+    def call(self: Any, graph: Any, **modes: Any) -> None:
+        for each in before:
+            each(graph, **(modes if isinstance(each, told) else {}))
+        function(graph)
+
+    def uuid(self: Any) -> Any:
+        """Return the key under which Inductor caches what was compiled with this pass."""
+        ids = [each.uuid() if isinstance(each, base) else None for each in before]
+        return None if None in ids else (hash_files(sources), function.__qualname__, *ids)
+
+    kind = told if any(isinstance(each, told) for each in before) else base
+    return type("GraphPass", (kind,), {"__call__": call, "uuid": uuid})()

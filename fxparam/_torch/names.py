@@ -1,0 +1,188 @@
+"""PyTorch's private names, looked up once each, with a clear error where one is missing.
+
+A private name may move or vanish in any PyTorch release. :func:`lookup` raises
+:class:`UnsupportedTorchError` for a missing one, which says what was looked for and in which
+version. A name that exists in only some of the supported versions has a fallback, with the reason
+beside it. The files beside this one hold what is built on private names: Dynamo's (``dynamo``),
+Inductor's (``inductor``), FX's (``fx``) and tensors' (``tensors``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = [
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "UnsupportedTorchError",
+    "active_modes",
+    "assert_tensor_metadata",
+    "behind_proxy",
+    "builtin_name",
+    "call_with_hooks",
+    "checkpoint_around",
+    "functorch_config",
+    "global_buffer_hooks",
+    "grad_mode_namespace",
+    "inside_functorch",
+    "is_composite",
+    "is_opaque_reference",
+    "lookup",
+    "schemas_of",
+    "set_grad_enabled",
+    "trace_artifact",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_map",
+    "tree_unflatten",
+]
+
+
+class UnsupportedTorchError(ImportError):
+    """This PyTorch lacks a private name that fxparam needs."""
+
+
+def lookup(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorchError(
+            f"fxparam supports PyTorch 2.11 and newer, and needs {module}.{name}.\n"
+            f"installed: torch {torch.__version__}, which does not have it\n"
+            "Install a supported PyTorch, or report this version to fxparam."
+        ) from error
+
+
+# Run an op on metadata alone, and see each ATen op below it: what graph/effects.py does.
+FakeTensorMode: Any = lookup("torch._subclasses.fake_tensor", "FakeTensorMode")
+ShapeEnv: Any = lookup("torch.fx.experimental.symbolic_shapes", "ShapeEnv")
+TorchDispatchMode: Any = lookup("torch.utils._python_dispatch", "TorchDispatchMode")
+HigherOrderOperator: Any = lookup("torch._ops", "HigherOrderOperator")
+OpOverload: Any = lookup("torch._ops", "OpOverload")
+OpOverloadPacket: Any = lookup("torch._ops", "OpOverloadPacket")
+tree_flatten: Any = lookup("torch.utils._pytree", "tree_flatten")
+tree_flatten_with_path: Any = lookup("torch.utils._pytree", "tree_flatten_with_path")
+tree_unflatten: Any = lookup("torch.utils._pytree", "tree_unflatten")
+tree_map: Any = lookup("torch.utils._pytree", "tree_map")
+# The node by which graphs switch the grad mode, whoever captured them.
+set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
+# Where the contexts of the grad mode look that up.
+grad_mode_namespace: Any = lookup("torch", "_C")
+# A node that raises where a tensor has another shape or dtype than it names.
+assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
+_dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
+_function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
+_interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
+_saved_tensors_hooks: Any = lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
+_find_builtin = lookup("torch.jit._builtins", "_find_builtin")
+_operator_schemas = lookup("torch._C", "_jit_get_schemas_for_operator")
+_has_kernel = lookup("torch._C", "_dispatch_has_kernel_for_dispatch_key")
+
+
+def builtin_name(function: object) -> str | None:
+    """The qualified name of the op that a function of torch's is, ``aten::linear``, or None."""
+    try:
+        name: str | None = _find_builtin(function)
+    except TypeError:  # not hashable
+        return None
+    return name
+
+
+@functools.cache
+def schemas_of(name: str) -> tuple[Any, ...]:
+    """Return the schemas of every overload of an op; empty for one that does not exist."""
+    return tuple(_operator_schemas(name))
+
+
+def is_composite(schema: Any) -> bool:
+    """Whether an overload is made of other ops, so that its schema may say less than it does."""
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    try:
+        return bool(_has_kernel(name, "CompositeImplicitAutograd"))
+    except RuntimeError:  # one of TorchScript's, on lists and numbers
+        return False
+
+
+def active_modes() -> tuple[object, ...]:
+    """Return the dispatch and function mode objects that see the operations run here, outermost
+    first.
+    """
+    return (*_dispatch_modes(), *_function_modes())
+
+
+def checkpoint_around() -> object:
+    """What stands for the call of a checkpointed function that this code runs in, or runs again.
+
+    None outside, and in the reentrant kind, which records nothing in forward.
+    """
+    hooks = _saved_tensors_hooks(True)
+    inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks[0] if inside else None
+
+
+def inside_functorch() -> bool:
+    """Check whether a ``torch.func`` transform (``grad``, ``vmap``, ...) is running around this
+    code.
+    """
+    return _interpreter() is not None
+
+
+def call_with_hooks(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+    """What a call of a module does, which a tracer that replaces ``__call__`` does not see."""
+    return module._call_impl(*args)  # type: ignore[no-untyped-call]
+
+
+def behind_proxy(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module itself where a tracer (of non-strict export) shows proxies, new at each
+    access.
+    """
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if tracing is None or not isinstance(module, getattr(tracing, "_AttrProxy", ())):
+        return module
+    base: torch.nn.Module = module.get_base()  # type: ignore[operator]
+    return base
+
+
+def is_opaque_reference(value: object) -> bool:
+    """Check whether ``value`` is an opaque reference, which may stand where an original tensor
+    does.
+
+    PyTorch 2.12 and older have no such originals, hence ``False`` where the names are missing.
+    """
+    try:
+        from torch._library.opaque_object import is_opaque_reference_type
+        from torch._opaque_base import OpaqueBase
+    except ImportError:
+        return False
+    return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text among the structured traces of a compilation, where tlparse shows it."""
+    emit = lookup("torch._logging", "trace_structured")
+    emit(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+def functorch_config() -> Any:
+    """Return AOTAutograd's settings, which ``patch`` changes for a while."""
+    return lookup("torch._functorch", "config")
+
+
+def global_buffer_hooks() -> dict[int, Any]:
+    """Return the global hooks that see each registration of a buffer, by their numbers."""
+    hooks: dict[int, Any] = lookup("torch.nn.modules.module", "_global_buffer_registration_hooks")
+    return hooks

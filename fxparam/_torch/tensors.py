@@ -1,0 +1,82 @@
+"""What tells tensors apart: the memory they live in, and how they lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from fxparam._torch.names import lookup
+
+__all__ = [
+    "functorch_level",
+    "geometry",
+    "is_view_of_another",
+    "is_wrapper_subclass",
+    "share_memory",
+    "storage_identity",
+    "storage_of",
+    "version_of",
+]
+
+_level = lookup("torch._C._functorch", "maybe_get_level")
+_is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
+
+
+def storage_identity(tensor: Any) -> tuple[object, object]:
+    """Return the storage behind ``tensor``, to be held so that none takes its place, and its
+    number.
+
+    ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse
+    tensor. The number is the storage's address as an object, not that of its data: a fake tensor
+    has no data, and warns when asked.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        return storage, storage._cdata
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None, None
+
+
+def functorch_level(tensor: torch.Tensor) -> int:
+    """Return the nesting level of the transform that wraps ``tensor``; -1 for a tensor that none
+    wraps.
+    """
+    return int(_level(tensor))
+
+
+def is_wrapper_subclass(tensor: object) -> bool:
+    """Whether ``tensor`` is of a subclass that holds other tensors (``__tensor_flatten__``)."""
+    return bool(_is_wrapper_subclass(tensor))
+
+
+def is_view_of_another(tensor: torch.Tensor) -> bool:
+    """Check whether autograd knows ``tensor`` as a view, which ``detach_`` refuses."""
+    return tensor._is_view()
+
+
+def storage_of(tensor: Any) -> object:
+    """Return what tensors of the same memory have in common; None for one without a storage."""
+    return storage_identity(tensor)[1]
+
+
+def share_memory(one: Any, other: Any) -> bool:
+    """Check whether two tensors are known to live in the same storage."""
+    storage = storage_of(one)
+    return storage is not None and storage == storage_of(other)
+
+
+def geometry(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """Return how a tensor lies in its storage: dtype, shape, strides and offset.
+
+    Strides and offset are None for layouts that have none (sparse tensors).
+    """
+    if tensor.layout is not torch.strided:
+        return tensor.dtype, tensor.shape, None, None
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Return the version counter; None for an inference tensor, which has none."""
+    return None if tensor.is_inference() else tensor._version

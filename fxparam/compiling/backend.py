@@ -1,0 +1,163 @@
+"""The ``torch.compile`` backend: the list of passes, then the inner backend."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxparam import marks
+from fxparam._torch.dynamo import clear_trace_marks, lookup_backend, trace_number
+from fxparam._torch.inductor import inductor_with
+from fxparam._torch.names import trace_artifact
+from fxparam.compiling.in_region import with_values_of_region
+from fxparam.graph.passes.hoist import HoistResult, hoist
+from fxparam.graph.passes.take_outside import is_in_a_region_around
+from fxparam.graph.report import Report
+from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
+from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
+from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
+from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
+from fxparam.scopes.under_dynamo import forget_models
+
+__all__ = ["Backend", "backend", "default"]
+
+_log = logging.getLogger("fxparam")
+
+
+class Backend:
+    """A ``torch.compile`` backend; make one with :func:`backend`.
+
+    Attributes:
+        reports: what the pass did, for each graph compiled since the last
+            ``torch.compiler.reset()``.
+    """
+
+    compiler_name = "fxparam"
+    #: ``cached()`` marks the nodes that it traces for a backend that says so.
+    reads_marks = True
+
+    def __init__(
+        self,
+        inner: str | Callable[..., Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        max_bytes: float = math.inf,
+    ) -> None:
+        self._inner, self._mode, self._options = inner, mode, options or {}
+        self._max_bytes = max_bytes
+        self.reports: list[Report] = []
+
+    @property
+    def last_report(self) -> Report | None:
+        """What the pass did to the graph compiled last, or None."""
+        return self.reports[-1] if self.reports else None
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Hoist, then compile with the inner backend.
+
+        ``mode`` and ``options`` are those given to ``torch.compile``; they go to the inner
+        backend, over those given to :func:`backend`.
+        """
+        inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        marks.settle(gm, trace_number())
+        clear_trace_marks((marks.REGION, marks.EVALUATION, marks.VALUE))
+        # Dynamo restores the frame's own modes before it calls a backend.
+        result = hoist(
+            gm,
+            grad_enabled=torch.is_grad_enabled(),
+            autocast_now=True,
+            max_bytes=self._max_bytes,
+        )
+        if is_in_a_region_around(gm):
+            inner = with_values_of_region(gm, example_inputs, inner)
+        self._record(result)
+        if result.has_bodies:
+            allow_scalar_outputs(gm)
+        with keep_saved_tensors(has_bodies=result.has_bodies):
+            compiled: Callable[..., Any] = inner(gm, example_inputs)
+        return compiled
+
+    def _record(self, result: HoistResult) -> None:
+        """Keep the report, and show it where there is something to see."""
+        report = result.report
+        self.reports.append(report)
+        if report.entries or result.modified:
+            _log.info("%r", report)
+            trace_artifact("fxparam_report", lambda: repr(report))
+
+    def reset(self) -> None:
+        """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""
+        self.reports.clear()
+        forget_models()
+        inner = self._configured(self._mode, self._options)
+        if hasattr(inner, "reset"):
+            inner.reset()
+
+    def _configured(self, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+        if self._inner == "inductor":
+            configured: Callable[..., Any] = inductor_with(
+                mode,
+                options,
+                joint_custom_pre_pass=save_reads_of_overwritten_inputs,
+                post_grad_custom_pre_pass=show_what_bodies_pass_on,
+            )
+            return configured
+        inner = lookup_backend(self._inner)
+        extra = {k: v for k, v in (("mode", mode), ("options", options)) if v}
+        return (lambda gm, inputs: inner(gm, inputs, **extra)) if extra else inner
+
+
+def backend(
+    inner: str | Callable[..., Any] = "inductor",
+    *,
+    mode: str | None = None,
+    max_bytes: float = math.inf,
+    **options: Any,
+) -> Backend:
+    """Return a ``torch.compile`` backend that shares parametrization evaluations, then calls
+    ``inner``.
+
+    ``torch.compile(model, backend="fxparam")`` is ``torch.compile(model, backend=backend())``.
+
+    Args:
+        inner: any backend that ``torch.compile`` takes: a registered name, or a callable from a
+            ``GraphModule`` and example inputs to a callable.
+        mode: as ``torch.compile``'s, handed to ``inner``.
+        max_bytes: a value with more bytes than this is not shared: a shared value lives longer.
+        **options: as ``torch.compile(options=...)``, handed to ``inner``.
+
+    Raises:
+        ValueError: ``inner`` is no registered backend.
+        TypeError: ``inner`` is neither a string nor callable.
+
+    Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
+
+    >>> import torch
+    >>> compiled = torch.compile(torch.nn.Linear(2, 2), backend=backend("eager"))
+    >>> compiled(torch.ones(1, 2)).shape
+    torch.Size([1, 2])
+    """
+    if isinstance(inner, str):
+        names = torch._dynamo.list_backends(exclude_tags=())
+        if inner not in names:
+            known = ", ".join(sorted(set(names) - {"fxparam"}))
+            raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")
+    elif not callable(inner):
+        raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
+    return Backend(inner, mode, options, max_bytes)
+
+
+#: What the entry point ``fxparam`` names.
+default = Backend("inductor")

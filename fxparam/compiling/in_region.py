@@ -1,0 +1,83 @@
+"""Graphs that run in an eager ``cached()`` region, with whose values they compute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import Module
+
+from fxparam._torch.dynamo import restart_trace
+from fxparam.graph.passes.take_outside import CannotTakeOut, TakenOut, all_of, take_outside
+from fxparam.scopes import under_dynamo
+from fxparam.scopes.modes import ambient_mark
+from fxparam.scopes.reading import training_modes
+from fxparam.scopes.snapshot import Snapshot
+from fxparam.scopes.store import read
+
+__all__ = ["with_values_of_region"]
+
+_log = logging.getLogger("fxparam")
+
+
+def with_values_of_region(
+    gm: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any]
+) -> Callable[..., Callable[..., Any]]:
+    """Return a backend that lets ``inner`` compile the graph without the region's evaluations.
+
+    The region has their values, or evaluates as eager code does: once, in front of the graph. What
+    the backend compiles is called with the inputs of the graph as it was.
+
+    Args:
+        gm: a hoisted graph of Dynamo's.
+        inputs: those it is called with the first time.
+        inner: the backend that compiles what is left.
+
+    Raises:
+        torch._dynamo.exc.RestartAnalysis: an evaluation must be read outside of the graph, and will
+            be when Dynamo traces it anew.
+    """
+    try:
+        rest, outside = take_outside(gm, grad_enabled=torch.is_grad_enabled())
+        chains = all_of(partial(_chain_of, each, inputs) for each in outside)
+    except CannotTakeOut as refused:
+        under_dynamo.keep_out_of_graphs(*refused.chains)
+        restart_trace(str(refused))
+    _log.info("%d values are those of the cached() region around the graph", len(outside))
+
+    def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = inner(rest, [*inputs, *(each.value for each in outside)])
+        held = list(map(ref, chains))
+
+        def run(*args: Any) -> Any:
+            # Dynamo's guards, on which this runs, hold the identity of the lists.
+            return compiled(*args, *(read(chain()) for chain in held))  # type: ignore[arg-type]
+
+        return run
+
+    return compile
+
+
+def _chain_of(outside: TakenOut, inputs: Sequence[Any]) -> Module:
+    """Return the parametrization list of an evaluation, if the region would say of it what was
+    traced.
+
+    Raises:
+        CannotTakeOut: it was read in other modes than those in which the graph begins, or from
+            other tensors than its own, as by ``functional_call``.
+    """
+    chain = under_dynamo.chain_of(outside.chain)
+    if chain is None:
+        raise CannotTakeOut((outside.chain, "it is gone"))
+    if outside.training != training_modes(chain) or outside.modes != ambient_mark():
+        raise CannotTakeOut((outside.chain, "modes are switched before it"))
+    own = {id(held) for held in Snapshot(chain).objects}
+    read = (*(inputs[i] for i in outside.inputs), *outside.attributes)
+    if not all(id(value) in own for value in read):
+        raise CannotTakeOut((outside.chain, "it is computed from more than its list holds"))
+    return chain

@@ -1,0 +1,73 @@
+"""Take over what was parametrized through ``torch.nn.utils.parametrize``."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch.nn import Module
+from torch.nn.utils import parametrize as torch_parametrize
+
+from fxparam.eager.checks import check_modules
+from fxparam.eager.classes import chains_of, make_class, original_class
+from fxparam.eager.parametrization_list import ParametrizationList
+
+__all__ = ["adopt"]
+
+M = TypeVar("M", bound=Module)
+
+
+def adopt(model: M) -> M:
+    """Turn parametrizations that ``model`` got through torch into ours, in place.
+
+    Afterwards the modules pickle, share a class with equal ones, and are served by
+    :func:`fxparam.cached`, as if they had been registered with
+    :func:`fxparam.register_parametrization`. Parameters, buffers, parametrization lists and hooks
+    keep their identity, and the state dict stays as it is. What is already ours is left alone, so
+    that adopting twice changes nothing more.
+
+    Args:
+        model: any module; its submodules are visited, parametrizations of parametrizations too.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
+        >>> isinstance(layer.parametrizations.weight, fxparam.ParametrizationList)
+        False
+        >>> isinstance(fxparam.adopt(layer).parametrizations.weight, fxparam.ParametrizationList)
+        True
+    """
+    check_modules(model=model)
+    changes = [(module, cls) for module in model.modules() if (cls := _class_for(module))]
+    for module, cls in changes:
+        object.__setattr__(module, "__class__", cls)
+    return model
+
+
+def _class_for(module: Module) -> type | None:
+    """Return the class ``module`` should have among ours; None if it has it."""
+    cls = type(module)
+    original = original_class(cls) or cls
+    if original is torch_parametrize.ParametrizationList:
+        original = ParametrizationList
+    chains = chains_of(module)
+    if chains is not None and original_class(cls) is None and not _torch_made(cls):
+        return None  # not a parametrized module, or one of ours below another class
+    wanted = make_class(original, frozenset(chains or ()))
+    return None if wanted is cls else wanted
+
+
+def _torch_made(cls: type) -> bool:
+    """Check whether a class that torch's functions made is below ``cls`` (FSDP puts its own on
+    top).
+    """
+    return any(
+        base.__module__ == "torch.nn.utils.parametrize" and original_class(base) is not None
+        for base in cls.__mro__
+    )

@@ -1,0 +1,205 @@
+"""What has to hold before a tensor is parametrized, assigned, or parametrized further.
+
+Each check names the contract it is about, what was required and what was found. The types of the
+errors are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict
+from torch.nn.parameter import is_lazy
+
+from fxparam._torch.names import is_opaque_reference
+from fxparam.eager.classes import chains_of
+
+__all__ = [
+    "NotAModuleError",
+    "assigned_originals",
+    "check_appended",
+    "check_modules",
+    "check_not_scripted",
+    "check_value",
+    "registrable",
+    "shape_and_dtype",
+]
+
+_UNLESS = "of the tensor, unless the `unsafe` flag is enabled."
+
+
+class NotAModuleError(TypeError, AttributeError):
+    """Something else was given where a ``torch.nn.Module`` is needed.
+
+    torch raises an AttributeError for most such mistakes and a TypeError for some; this is both.
+    """
+
+
+def check_modules(**arguments: object) -> None:
+    """Raise NotAModuleError unless each argument is a module."""
+    for name, value in arguments.items():
+        if not isinstance(value, Module):
+            hint = " (a class: make an instance)" if isinstance(value, type) else ""
+            raise NotAModuleError(
+                f"`{name}` must be a torch.nn.Module.\nrequired: an instance of torch.nn.Module\n"
+                f"found: {value!r} of type {type(value).__name__}{hint}"
+            )
+
+
+def check_not_scripted(module: Module) -> None:
+    """Raise RuntimeError for a module of ``torch.jit``, whose tensors cannot be exchanged."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            "Tensors of a module of torch.jit cannot be parametrized.\n"
+            f"required: a torch.nn.Module written in Python\nfound: {type(module).__name__}\n"
+            "Parametrize the module that was scripted or traced."
+        )
+
+
+def registrable(module: Module, name: str) -> Tensor:
+    """Return the parameter or buffer ``module.<name>``, if it can be parametrized."""
+    store = module._buffers if name in module._buffers else module._parameters
+    if name not in store:
+        present = [*module._parameters, *module._buffers]
+        raise ValueError(
+            f"Module '{module}' does not have a parameter, a buffer, or a parametrized element "
+            f"with name '{name}'\nits parameters and buffers: {present}\nasked for: '{name}'"
+        )
+    tensor = store[name]
+    if tensor is None:
+        raise AttributeError(
+            "Only a tensor can be parametrized.\nrequired: a parameter or buffer\n"
+            f"found: {type(module).__name__}.{name} is registered as None"
+        )
+    check_not_scripted(module)
+    if is_lazy(tensor):
+        raise RuntimeError(
+            "A tensor is parametrized by a function of its values, which a lazy module does not "
+            "have before its first call.\nrequired: a tensor with a shape\n"
+            f"found: {type(module).__name__}.{name} is uninitialized\nCall the module once before."
+        )
+    _check_name(module, name)
+    return tensor
+
+
+def _check_name(module: Module, name: str) -> None:
+    present = getattr(module, "parametrizations", None) if name != "parametrizations" else name
+    if present is not None and not isinstance(present, ModuleDict):
+        raise ValueError(
+            "A parametrized module keeps its parametrizations in an attribute `parametrizations`.\n"
+            f"required: no attribute of that name, or a ModuleDict\nfound: {type(present).__name__}"
+        )
+    if hasattr(ModuleDict, name) or name == "training":
+        raise KeyError(
+            f"Parametrizations are held in a torch.nn.ModuleDict by the name of the tensor, and "
+            f"'{name}' is an attribute of that class: a tensor of this name cannot be parametrized."
+        )
+    chains = chains_of(module)
+    if chains is not None and hasattr(chains, name):
+        raise KeyError(f"`parametrizations` already has an attribute '{name}'")
+
+
+def shape_and_dtype(original: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return original.shape, original.dtype
+
+
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    raise ValueError(
+        "A parametrization must return a tensor.\nrequired: torch.Tensor\n"
+        f"found: {type(value).__name__}"
+    )
+
+
+def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Return the value of a newly parametrized tensor has the shape and dtype of the tensor."""
+    value = _tensor(value)
+    if value.dtype != dtype:
+        raise ValueError(
+            f"Registering a parametrization may not change the dtype {_UNLESS}\n"
+            f"unparametrized dtype: {dtype}\nparametrized dtype: {value.dtype}"
+        )
+    if value.shape != shape:
+        raise ValueError(
+            f"Registering a parametrization may not change the shape {_UNLESS}\n"
+            f"unparametrized shape: {tuple(shape)}\nparametrized shape: {tuple(value.shape)}"
+        )
+
+
+def check_appended(value: Tensor, parametrization: Module, name: str) -> None:
+    """A further parametrization maps the tensor's space to itself, and so does its inverse."""
+    result = _tensor(parametrization(value))
+    for what in ("dtype", "shape"):
+        if getattr(result, what) != getattr(value, what):
+            raise ValueError(
+                f"Registering a parametrization may not change the {what} {_UNLESS}\n"
+                f"module.{name}.{what}: {getattr(value, what)}\n"
+                f"parametrization(module.{name}).{what}: {getattr(result, what)}"
+            )
+    inverse: Any = getattr(parametrization, "right_inverse", None)
+    if inverse is None:
+        return
+    try:
+        back = inverse(result)
+    except NotImplementedError:
+        return
+    if not isinstance(back, Tensor):
+        raise ValueError(
+            "In a chain, parametrization.right_inverse must return a tensor, for the "
+            "parametrization before it.\nrequired: torch.Tensor\n"
+            f"found: {type(back).__name__}"
+        )
+    for what in ("dtype", "shape"):
+        if getattr(back, what) != getattr(value, what):
+            raise ValueError(
+                "The tensor returned by parametrization.right_inverse must have the same "
+                f"{what} as module.{name}, unless the `unsafe` flag is enabled.\n"
+                f"module.{name}.{what}: {getattr(value, what)}\n"
+                f"returned {what}: {getattr(back, what)}"
+            )
+
+
+def assigned_originals(chain: Any, new: Any) -> dict[str, Any]:
+    """Return the originals by name, for the result ``new`` of the right inverses of an assigned
+    value.
+    """
+    if chain.is_tensor:
+        if not isinstance(new, Tensor):
+            raise ValueError(
+                "`right_inverse` should return a tensor, as it did at registration.\n"
+                f"required: torch.Tensor\nfound: {type(new).__name__}"
+            )
+        _check_dtype(chain, "original", new, "The tensor")
+        return {"original": new}
+    if not isinstance(new, Sequence):
+        raise ValueError(
+            "'right_inverse' must return a sequence of tensors, as it did at registration.\n"
+            f"required: {chain.ntensors} tensors\nfound: {type(new).__name__}"
+        )
+    if len(new) != chain.ntensors:
+        raise ValueError(
+            "'right_inverse' must return a sequence of tensors of the length it had at "
+            f"registration.\nrequired: length {chain.ntensors}\nfound: length {len(new)}"
+        )
+    for i, element in enumerate(new):
+        if isinstance(element, Tensor):
+            _check_dtype(chain, f"original{i}", element, f"Tensor {i}")
+        elif not is_opaque_reference(element):
+            raise ValueError(
+                "'right_inverse' must return a sequence of tensors.\n"
+                f"required: tensors\nfound: element {i} of type {type(element).__name__}"
+            )
+    return {f"original{i}": element for i, element in enumerate(new)}
+
+
+def _check_dtype(chain: Any, name: str, new: Tensor, subject: str) -> None:
+    original = getattr(chain, name)
+    if isinstance(original, Tensor) and new.dtype != original.dtype:
+        raise ValueError(
+            f"{subject} returned by `right_inverse` has another dtype than the original.\n"
+            f"`{name}` has dtype {original.dtype}\nright_inverse returned dtype {new.dtype}"
+        )

@@ -1,0 +1,184 @@
+"""The class of a parametrized module: one for each (original class, parametrized names).
+
+``Parametrized<Name>`` derives from the original class alone, as torch's does, so that torch's own
+functions find the original class in ``__bases__[0]``. Unlike torch's it is shared: twenty equal
+layers have one class, and what is traced for one serves all. Hence nothing about an instance may
+live in it: its properties look up the instance's own ``ParametrizationList``, and where there is
+none they step aside for a plain parameter or attribute of that name.
+
+torch's functions add properties to a module's class, and delete them from it. The metaclass takes
+such changes so that no other instance notices them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from functools import lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict
+
+from fxparam.eager import reading
+from fxparam.eager.pickling import KEY, reduce_method, setstate_method
+
+__all__ = ["chain_of", "chains_of", "make_class", "original_class", "rebuild"]
+
+# Reentrant: making a class runs the original's __init_subclass__.
+_lock = threading.RLock()
+_classes: WeakValueDictionary[tuple[type, frozenset[str]], type] = WeakValueDictionary()
+
+
+def chains_of(module: Module) -> ModuleDict | None:
+    """Return the ``ModuleDict`` of parametrization lists that ``module`` itself holds, or None."""
+    chains = module._modules.get("parametrizations")
+    return chains if isinstance(chains, ModuleDict) else None
+
+
+def chain_of(module: Module, name: str) -> Any:
+    """Return the parametrization list of ``module.<name>``, or None."""
+    chains = chains_of(module)
+    return None if chains is None else chains._modules.get(name)
+
+
+def original_class(cls: type) -> type | None:
+    """Return the class before parametrizations, if ``cls`` is one that ours or torch's functions
+    made.
+    """
+    if KEY in cls.__dict__:
+        original: type = cls.__dict__[KEY][0]
+        return original
+    base = cls.__bases__[0] if len(cls.__bases__) == 1 else None
+    if (
+        base is not None
+        and cls.__module__ == "torch.nn.utils.parametrize"
+        and cls.__name__ == f"Parametrized{base.__name__}"
+    ):
+        return base
+    return None
+
+
+def make_class(original: type, names: frozenset[str]) -> type:
+    """Return the one class for modules of class ``original`` with parametrized tensors ``names``.
+
+    ``original`` itself when there are none.
+    """
+    if not names:
+        return original
+    with _lock:
+        cls = _classes.get((original, names))
+        if cls is None:
+            namespace: dict[str, Any] = {
+                "__module__": __name__,
+                "__doc__": original.__doc__,
+                "__reduce_ex__": reduce_method(original, names, rebuild),
+                "__setstate__": setstate_method(original),
+                **{name: _property(original, name) for name in sorted(names)},
+            }
+            namespace[KEY] = (original, names)
+            meta = _metaclass(type(original))
+            cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
+            _classes[original, names] = cls
+        return cls
+
+
+@lru_cache(maxsize=64)
+def _metaclass(base: Any) -> Any:
+    """Return a metaclass, derived from that of the original class, which keeps a shared class as it
+    is.
+    """
+
+    def set_attribute(cls: type, name: str, value: object) -> None:
+        # torch's register_parametrization sets a property bound to one module.
+        getter = value.fget if isinstance(value, property) else None
+        if getter is not None and getter.__module__ == "torch.nn.utils.parametrize":
+            value = _property(cls.__bases__[0], name)
+        base.__setattr__(cls, name, value)
+
+    def delete_attribute(cls: type, name: str) -> None:
+        # torch's remove_parametrizations: the instance has lost its list, which is enough. Other
+        # instances still need the property.
+        if not _is_ours(cls.__dict__.get(name)):
+            base.__delattr__(cls, name)
+
+    return type(
+        f"Shared{base.__name__}",
+        (base,),
+        {"__setattr__": set_attribute, "__delattr__": delete_attribute, "__module__": __name__},
+    )
+
+
+def _property(original: type, name: str) -> property:
+    """``module.<name>``: evaluated at each access, or shared by the region around it."""
+    # Decided here, as Dynamo traces what follows and cannot look into classes.
+    plain = _Plain(original, name) if hasattr(original, name) else None
+
+    def get_parametrized(self: Module) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            raise RuntimeError("Parametrization is not working with scripting.")
+        chain = chain_of(self, name)
+        if chain is None:
+            return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
+        if torch.compiler.is_dynamo_compiling():
+            return reading.present().traced_value(chain)
+        return reading.present().value(chain)
+
+    def set_original(self: Module, value: Tensor) -> None:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            raise RuntimeError("Parametrization is not working with scripting.")
+        chain = chain_of(self, name)
+        if chain is not None:
+            reading.present().forget(chain)
+            chain.right_inverse(value)
+        elif plain is not None:
+            plain.set(self, value)
+        else:
+            self.__dict__[name] = value
+
+    get_parametrized._fxparam_property = True  # type: ignore[attr-defined]
+    return property(get_parametrized, set_original)
+
+
+def _is_ours(attribute: object) -> bool:
+    return isinstance(attribute, property) and hasattr(attribute.fget, "_fxparam_property")
+
+
+def _stored(module: Module, name: str) -> Any:
+    """``module.<name>`` of an instance that has no parametrization of that name."""
+    for store in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if name in store:
+            return store[name]
+    # Python now asks the class's __getattr__, as it does for any name it has not found.
+    raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+
+
+class _Plain:
+    """The same where the original class has an attribute of that name: a default, a property."""
+
+    def __init__(self, original: type, name: str) -> None:
+        self.original, self.name = original, name
+
+    def get(self, module: Module) -> Any:
+        attribute = inspect.getattr_static(self.original, self.name)
+        if not hasattr(type(attribute), "__set__") and self.name in module.__dict__:
+            return module.__dict__[self.name]
+        get = getattr(type(attribute), "__get__", None)
+        return attribute if get is None else get(attribute, module, type(module))
+
+    def set(self, module: Module, value: object) -> None:
+        attribute = inspect.getattr_static(self.original, self.name)
+        if hasattr(type(attribute), "__set__"):
+            attribute.__set__(module, value)
+        else:
+            module.__dict__[self.name] = value
+
+
+def rebuild(original: type, names: tuple[str, ...], make: Any, *arguments: Any) -> Any:
+    """Make an instance of a shared class as the original class makes its own; pickles name this."""
+    instance = make(*arguments)
+    if type(instance) is original:
+        object.__setattr__(instance, "__class__", make_class(original, frozenset(names)))
+    return instance

@@ -1,0 +1,358 @@
+"""Register and remove parametrizations, and ask what is parametrized.
+
+Each function checks everything first and changes the module last, so that a refused call changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict, Parameter
+
+from fxparam.eager import checks, reading
+from fxparam.eager.classes import chain_of, chains_of, make_class, original_class
+from fxparam.eager.originals import Writes, register
+from fxparam.eager.parametrization_list import ParametrizationList
+from fxparam.eager.rollback import unchanged_if_refused
+from fxparam.eager.transfer import transferred
+
+__all__ = [
+    "is_parametrized",
+    "register_parametrization",
+    "remove_parametrizations",
+    "transfer_parametrizations_and_params",
+    "type_before_parametrizations",
+]
+
+M = TypeVar("M", bound=Module)
+
+
+def register_parametrization(
+    module: M, tensor_name: str, parametrization: Module, *, unsafe: bool = False
+) -> M:
+    """Make ``module.<tensor_name>`` the value of ``parametrization`` on an original tensor.
+
+    The tensor moves to ``module.parametrizations.<tensor_name>.original`` and keeps its identity,
+    so that optimizers still hold it. If ``parametrization.right_inverse`` exists, the original is
+    set to what it gives; if it gives a sequence of tensors, these become new ``original0``,
+    ``original1``, ..., and ``forward`` is called with as many arguments. Registering again on the
+    same tensor appends to the chain. ``module.<tensor_name> = value`` goes through the right
+    inverses. The parametrization takes over the training mode of ``module``.
+
+    Args:
+        module: the module; changed in place.
+        tensor_name: a parameter or buffer of ``module``, or a tensor already parametrized. Its
+            shape, dtype and device stay what they are.
+        parametrization: maps original tensor(s) to the value. A tensor of shape ``(*)`` and some
+            dtype to one of the same shape and dtype, unless ``unsafe``.
+        unsafe: skip the checks of the value's shape and dtype.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: if there is no tensor of that name; if the value is not a tensor or changes
+            dtype or shape; if ``right_inverse`` gives something else than tensors, or one tensor
+            of another dtype or device; for a chain, if it gives another dtype or shape.
+        TypeError: if ``module`` or ``parametrization`` is not a module.
+        RuntimeError: if the tensor is uninitialized (a lazy module), or ``module`` is one of
+            ``torch.jit``.
+        KeyError: if the name is one that ``torch.nn.ModuleDict`` reserves, such as ``"keys"``.
+
+        After an error, ``module`` and ``parametrization`` are as before.
+
+    Source: :func:`torch.nn.utils.parametrize.register_parametrization`.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> class Symmetric(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.triu() + x.triu(1).mT
+        ...     def right_inverse(self, a):
+        ...         return a.triu()
+        >>> layer = fxparam.register_parametrization(torch.nn.Linear(3, 3), "weight", Symmetric())
+        >>> torch.equal(layer.weight, layer.weight.mT)
+        True
+        >>> layer.weight = torch.eye(3)
+        >>> torch.equal(layer.weight, torch.eye(3))
+        True
+    """
+    checks.check_modules(module=module, parametrization=parametrization)
+    if is_parametrized(module, tensor_name):
+        chain: Any = module.parametrizations[tensor_name]  # type: ignore[index]
+        with unchanged_if_refused(chain, parametrization):
+            parametrization.train(module.training)
+            if not unsafe:
+                checks.check_appended(getattr(module, tensor_name), parametrization, tensor_name)
+            chain.append(parametrization)
+            chain.unsafe |= unsafe
+        return module
+    original = checks.registrable(module, tensor_name)
+    cls = _class_with(module, tensor_name)
+    with unchanged_if_refused(parametrization, tensor=original):
+        parametrization.train(module.training)
+        chain = ParametrizationList([parametrization], original, unsafe=unsafe)
+    _install(module, tensor_name, chain, cls)
+    return module
+
+
+def is_parametrized(module: Module, tensor_name: str | None = None) -> bool:
+    """Check whether ``module`` has a parametrized tensor: any, or the one named ``tensor_name``.
+
+    Modules parametrized through ``torch.nn.utils.parametrize`` count as well.
+
+    Source: :func:`torch.nn.utils.parametrize.is_parametrized`.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> _ = fxparam.register_parametrization(layer, "bias", torch.nn.Identity())
+        >>> fxparam.is_parametrized(layer), fxparam.is_parametrized(layer, "weight")
+        (True, False)
+    """
+    chains = getattr(module, "parametrizations", None)
+    if not isinstance(chains, ModuleDict):
+        return False
+    return len(chains) > 0 if tensor_name is None else tensor_name in chains
+
+
+def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: bool = True) -> M:
+    """Make ``module.<tensor_name>`` a plain parameter or buffer again.
+
+    Args:
+        module: the module; changed in place. With its last parametrized tensor it gets back the
+            class it had.
+        tensor_name: the parametrized tensor.
+        leave_parametrized: True: the tensor keeps its present value (in the original tensor,
+            which keeps its identity, or in a new one if there were several originals: a parameter
+            if they are, whether or not they ask for a gradient and in every grad mode). False: it
+            becomes the original tensor, unchanged.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: if the tensor is not parametrized; if ``leave_parametrized=False`` and it has
+            several originals.
+        RuntimeError: if the present value cannot be stored in the original (its dtype differs, or
+            a tensor subclass has no ``set_``).
+
+        After an error, ``module`` is as before.
+
+    Source: :func:`torch.nn.utils.parametrize.remove_parametrizations`.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> _ = fxparam.register_parametrization(layer, "weight", torch.nn.Tanh())
+        >>> fxparam.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    checks.check_modules(module=module)
+    present: Any = chains_of(module) if is_parametrized(module) else None
+    chain = chain_of(module, tensor_name) if present else None
+    if chain is None:
+        raise ValueError(
+            f"Module '{module}' does not have a parametrization on '{tensor_name}'\n"
+            f"parametrized: {sorted(present or ())}\nasked for: '{tensor_name}'"
+        )
+    with unchanged_if_refused(chain):
+        plain = _plain_tensor(module, tensor_name, chain, leave_parametrized)
+    cls = _class_without(module, tensor_name)
+    chains: Any = chains_of(module)
+    del chains[tensor_name]
+    if len(chains) == 0:
+        del module._modules["parametrizations"]
+    object.__setattr__(module, "__class__", cls)
+    _restore(module, tensor_name, plain)
+    return module
+
+
+def type_before_parametrizations(module: Module) -> type:
+    """Return the class of ``module`` before anything was parametrized; its class if nothing is.
+
+    Source: :func:`torch.nn.utils.parametrize.type_before_parametrizations`.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> _ = fxparam.register_parametrization(layer, "bias", torch.nn.Identity())
+        >>> type(layer).__name__, fxparam.type_before_parametrizations(layer).__name__
+        ('ParametrizedLinear', 'Linear')
+    """
+    if not is_parametrized(module):
+        return type(module)
+    # Along the MRO, as a class may have been put on top since (FSDP does so).
+    found = (original_class(cls) for cls in type(module).__mro__)
+    return next((cls for cls in found if cls is not None), type(module).__bases__[0])
+
+
+def transfer_parametrizations_and_params(
+    from_module: Module, to_module: M, tensor_name: str | None = None
+) -> M:
+    """Give ``to_module`` the parametrizations of ``from_module``, with their parameters.
+
+    Both modules then hold the same parametrization modules and the same original tensors. A tensor
+    that ``to_module`` lacks is created. The parametrizations take over the training mode of
+    ``to_module``. Nothing happens if ``from_module`` is not parametrized.
+
+    Args:
+        from_module: the module to take from; unchanged.
+        to_module: the module to give to; its tensors have the shapes and dtypes of
+            ``from_module``'s.
+        tensor_name: the one tensor to transfer; all parametrized ones if None.
+
+    Returns:
+        ``to_module``.
+
+    Raises:
+        KeyError: if ``tensor_name`` is not parametrized in ``from_module``.
+        AttributeError: if neither module has it.
+        ValueError: if the parametrizations change the dtype or shape of a tensor of ``to_module``.
+        RuntimeError: if ``to_module`` is lazy and not yet called, or one of ``torch.jit``.
+
+        After an error, both modules are as before.
+
+    Source: :func:`torch.nn.utils.parametrize.transfer_parametrizations_and_params`.
+
+    Example:
+        >>> import torch
+        >>> import fxparam
+        >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> _ = fxparam.register_parametrization(a, "weight", torch.nn.Tanh())
+        >>> _ = fxparam.transfer_parametrizations_and_params(a, b)
+        >>> a.parametrizations.weight.original is b.parametrizations.weight.original
+        True
+    """
+    checks.check_modules(from_module=from_module, to_module=to_module)
+    if not is_parametrized(from_module):
+        return to_module
+    checks.check_not_scripted(to_module)
+    names = list(chains_of(from_module) or ()) if tensor_name is None else [tensor_name]
+    with ExitStack() as undo:
+        for name in names:
+            both = [chain_of(module, name) for module in (from_module, to_module)]
+            undo.enter_context(unchanged_if_refused(*filter(None, both)))
+            for step in chain_of(from_module, name) or ():
+                step.train(to_module.training)
+        chains = {n: transferred(from_module, to_module, n) for n in names}
+    for name, chain in chains.items():
+        present = chain_of(to_module, name)
+        if present is None:
+            _install(to_module, name, chain, _class_with(to_module, name))
+        else:
+            present.__dict__.update(chain.__dict__)
+    return to_module
+
+
+def _class_with(module: Module, name: str) -> type:
+    """Return the class for ``module`` once ``name`` is parametrized too."""
+    original = original_class(type(module))
+    if original is None:
+        # Not parametrized, or a class was put on top since: either way, what is there stays.
+        return make_class(type(module), frozenset({name}))
+    return make_class(original, frozenset({*(chains_of(module) or ()), name}))
+
+
+def _class_without(module: Module, name: str) -> type:
+    """Return the class for ``module`` once ``name`` is plain again."""
+    original = original_class(type(module))
+    if original is None:
+        return type(module)
+    return make_class(original, frozenset(chains_of(module) or ()) - {name})
+
+
+def _install(module: Module, name: str, chain: ParametrizationList, cls: type) -> None:
+    """Return the change itself, after every check: nothing here can fail."""
+    chains = chains_of(module)
+    if chains is None:
+        chains = ModuleDict()
+        module.__dict__.pop("parametrizations", None)
+        # Not by setattr: a class may have a __setattr__ of its own.
+        module._modules["parametrizations"] = chains
+    module._parameters.pop(name, None)
+    module._buffers.pop(name, None)
+    module._non_persistent_buffers_set.discard(name)
+    chains[name] = chain
+    object.__setattr__(module, "__class__", cls)
+
+
+def _restore(module: Module, name: str, tensor: Tensor) -> None:
+    if hasattr(type(module), name):
+        # The class has an attribute of this name, for which register_parameter refuses.
+        store: Any = module._parameters if isinstance(tensor, Parameter) else module._buffers
+        store[name] = tensor
+    else:
+        register(module, name, tensor)
+
+
+def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
+    """The tensor that takes the place of the parametrized one, with its value already in it."""
+    if not leave_parametrized and not chain.is_tensor:
+        raise ValueError(
+            "Cannot leave unparametrized (`leave_parametrized=False`) a tensor that is "
+            "parametrized in terms of a sequence of tensors.\n"
+            f"required: one original\nfound: {chain.ntensors} originals"
+        )
+    target = _deepest_original(chain)
+    if target is None:
+        return _new_plain_tensor(module, name, chain, leave_parametrized)
+    if not leave_parametrized and chain_of(chain, "original") is None:
+        return target
+    with torch.no_grad():
+        value = getattr(module, name) if leave_parametrized else chain.original
+        if reading.present().is_shared():
+            value = value.clone()
+    writes = Writes()
+    writes.plan(target, value)
+    try:
+        writes.commit()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "remove_parametrizations(leave_parametrized=True) stores the present value in the "
+            "original tensor.\n"
+            f"original: {type(target).__name__} of dtype {target.dtype}\n"
+            f"value: {type(value).__name__} of dtype {value.dtype}\n"
+            f"{error}\n"
+            "Use leave_parametrized=False. Where Tensor.set_ is what fails, there is also "
+            "torch.__future__.set_swap_module_params_on_conversion(True); swapping in turn needs "
+            "that no autograd graph holds the original."
+        ) from error
+    return target
+
+
+def _new_plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
+    """Return the plain tensor where there are several originals, none of which can become it."""
+    value: Tensor
+    with torch.enable_grad():  # whether it requires a gradient does not depend on the caller's mode
+        value = getattr(module, name) if leave_parametrized else chain.original
+    if reading.present().is_shared():
+        value = value.clone()
+    if value.requires_grad or any(isinstance(o, Parameter) for o in _stored_originals(chain)):
+        return Parameter(value.detach(), requires_grad=value.requires_grad)
+    return value
+
+
+def _stored_originals(chain: Any) -> list[object]:
+    return [chain._parameters.get(f"original{i}") for i in range(chain.ntensors)]
+
+
+def _deepest_original(chain: Any) -> Tensor | None:
+    """Return the stored tensor below ``chain``, or below its parametrized original; None if
+    several.
+    """
+    while chain.is_tensor:
+        nested = chain_of(chain, "original")
+        if nested is None:
+            stored: Tensor = chain.original
+            return stored
+        chain = nested
+    return None

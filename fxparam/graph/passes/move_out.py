@@ -1,0 +1,403 @@
+"""Code motion: an evaluation in a body is made before the call, and enters the body as an operand.
+
+    h, _ = scan(body, h, xs, [p])          w = f(p)
+      body(h, x, p): w = f(p); ...    ->   h, _ = scan(body, h, xs, [w])
+                                             body(h, x, w): ...
+
+One step moves values from each body to the graph that runs it; repeated, they come as far out as is
+right. What moves are the values that the rest of the body reads. A view is not moved: it costs
+nothing, and an operand that aliases another is more than most ops accept; what it is a view of
+moves instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.analysis.bodies import Call
+from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.gradients import reached_by_gradients
+from fxparam.graph.analysis.nesting import Context, Level, is_run_again
+from fxparam.graph.analysis.nodes import ancestors, attribute_of, meta_with, owner, value_of
+from fxparam.graph.passes.checkpoint_policy import is_recomputed, recompute_as_before
+from fxparam.graph.passes.operands import drop_operands, merge_operands, used_operands
+from fxparam.graph.passes.share import Sharing, erase_unused
+from fxparam.graph.passes.share_regions import marked_evaluations
+from fxparam.graph.passes.sites import Candidates, Sites
+from fxparam.graph.rules import (
+    Rule,
+    has_a_gradient_on_every_path,
+    is_its_gradient_summed_in_reduced_precision,
+    is_too_large,
+    obstacle,
+    runs_whenever_the_call_does,
+)
+from fxparam.graph.torch_bugs.branch_gradients import with_gradient_laid_out_alike
+from fxparam.marks import (
+    distinguish,
+    evaluation_marks,
+    is_for_a_region_around,
+    region_mark,
+)
+
+__all__ = ["Motion", "move_out"]
+
+
+@dataclass
+class Motion:
+    """Attributes:
+    values: how many values left a body.
+    operands: how many operands turned out to be another one.
+    refusals: nodes of bodies that were kept there, and why.
+    origins: for each parametrized tensor, the calls it was moved out of: op and iterations.
+    """
+
+    values: int = 0
+    operands: int = 0
+    refusals: dict[Node, Rule] = field(default_factory=dict)
+    origins: dict[str, dict[Node, tuple[str, int | None]]] = field(default_factory=dict)
+
+
+def move_out(levels: list[Level], shared: dict[Level, Sharing], max_bytes: float) -> Motion:
+    """One step of code motion, in every graph that has calls."""
+    moved = Motion()
+    groups = list(_groups(levels))
+    for group in groups:
+        moved.operands += merge_operands(_calls(group))
+    sites = {level: Sites(shared[level]) for level in levels}
+    marked = Counter(e.shared_by for s in levels for e in marked_evaluations(s.gm))
+    movable = [[_movable(level, marked, moved) for level in group] for group in groups]
+    for bodies in movable:
+        for body in bodies:
+            for context in body.level.live:
+                sites[context.parent].add(body, context)
+    for bodies in movable:
+        _move_group(bodies, sites, moved, max_bytes)
+    return moved
+
+
+def _groups(levels: list[Level]) -> Iterator[list[Level]]:
+    """Bodies that are run by the same calls and by no others, in the order of the arguments.
+
+    A body that is not in such a group cannot get an operand from all of its calls at once. Inner
+    bodies come before those that run them.
+    """
+    groups: dict[frozenset[Node], dict[int, Level]] = defaultdict(dict)
+    places: dict[Level, set[int]] = defaultdict(set)
+    for level in levels:
+        calls = frozenset(c.call.node for c in level.live)
+        if calls:
+            groups[calls] = groups.pop(calls, {})  # after the bodies that its last one runs
+        for context in level.live:
+            groups[calls][context.index] = level
+            places[level].add(context.index)
+    for bodies in groups.values():
+        group = [bodies[i] for i in sorted(bodies)]
+        alone = all(len(places[s]) == 1 and not is_recomputed(s.gm) for s in group)
+        if alone and len(group) == len(group[0].live[0].call.bodies):
+            yield group
+
+
+def _calls(group: list[Level]) -> list[Context]:
+    """Return the calls of a group, each once."""
+    return list({context.call.node: context for context in group[0].live}.values())
+
+
+def _movable(level: Level, marked: Mapping[tuple[str, str], int], moved: Motion) -> Candidates:
+    reached = (reached_by_gradients(level.gm.graph, table) for table in level.tables)
+    found = Candidates(level, differentiated=set().union(*reached))
+    varying = len(level.live[0].call.varying)
+    placeholders = [node for node in level.gm.graph.nodes if node.op == "placeholder"]
+    found.invariant = set(placeholders[varying:])
+    derived = level.derived
+    for node in level.gm.graph.nodes:
+        if node not in level.tables[0].of:
+            continue  # came out of a body in this step; it may go on in the next
+        if node.op == "get_attr":
+            found.invariant.add(node)
+        if node not in derived.candidates and node not in derived.constants:
+            continue
+        if not all(n in found.invariant or n in found.nodes for n in node.all_input_nodes):
+            continue
+        why = [
+            obstacle(
+                context.around,
+                context.call.node,
+                _from(context.inner, context.index),
+                node,
+                asked_for=_is_asked_for(context, node),
+            )
+            for context in level.live
+        ]
+        refused = next((rule for rule in why if rule is not None), None)
+        if refused is None:
+            found.nodes[node] = None
+            if any(marked[m.region, m.chain] > 1 for m in evaluation_marks(node)):
+                found.evaluated_again.add(node)
+        elif node in derived.candidates:
+            moved.refusals[node] = refused
+    return found
+
+
+def _is_asked_for(context: Context, node: Node) -> bool:
+    """Check whether a ``cached()`` region around the call evaluates once, whenever the call is run.
+
+    Not so in a branch: one that is not taken evaluates nothing, and a backward that is not additive
+    may make a gradient out of none.
+    """
+    marks = evaluation_marks(node)
+    if not marks or marks[0].region != region_mark(context.call.node):
+        return False
+    return context.call.bodies[context.index].always
+
+
+def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+    return (tables[index], *tables[:index], *tables[index + 1 :])
+
+
+def _move_group(
+    group: list[Candidates],
+    sites: Mapping[Level, Sites],
+    moved: Motion,
+    max_bytes: float,
+) -> None:
+    """Move values out of the bodies of one call, or of several calls of the same bodies."""
+    crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
+    for index, body in enumerate(group):
+        for node in _crossing(body, sites, moved, max_bytes):
+            # One operand for one value, in whichever body it is read.
+            number = tuple(numbers[node] for numbers in body.numbers)
+            crossing[number].append((index, node))
+    if not crossing:
+        return
+    contexts = _calls([body.level for body in group])
+    used = used_operands(contexts[0])
+    firsts = [places[0] for places in crossing.values()]
+    for context in contexts:
+        call = context.current
+        copies: dict[Node, Any] = {}
+        for index, body in enumerate(group):
+            wanted = [node for i, node in firsts if i == index]
+            copies.update(_copy_before(context, call, index, body, wanted, moved))
+            recompute_as_before(call, body.level.gm, wanted, copies)
+        operands = [
+            copies[places[0][1]] if _has_a_gradient(group, places) else _detached(copies, places)
+            for places in crossing.values()
+        ]
+        call.set_operands([*call.operands, *operands])
+    for places in crossing.values():
+        _enter_as_operand(group, places, contexts[0].call.branches)
+    drop_operands(contexts, used - used_operands(contexts[0]))
+    moved.values += len(crossing)
+
+
+def _has_a_gradient(group: list[Candidates], places: list[tuple[int, Node]]) -> bool:
+    """Check whether the bodies may give a value a gradient, rather than none."""
+    return not value_of(places[0][1]).requires_grad or any(
+        node in group[index].differentiated for index, node in places
+    )
+
+
+def _detached(copies: dict[Node, Any], places: list[tuple[int, Node]]) -> Node:
+    """Return an operand to which a call gives no gradient of zeros."""
+    value: Node = copies[places[0][1]]
+    with value.graph.inserting_after(value):
+        operand = value.graph.call_method("detach", (value,))
+    operand.meta = meta_with(value, value_of(value).detach())
+    return operand
+
+
+def _crossing(
+    body: Candidates,
+    sites: Mapping[Level, Sites],
+    moved: Motion,
+    max_bytes: float,
+) -> list[Node]:
+    """Return the values that enter the body as operands."""
+    while True:
+        found = _read_by_the_rest(body, sites, moved, max_bytes)
+        late = _drawn_out_of_turn(body, found)
+        if not late:
+            return found
+        for node in list(body.nodes):
+            if node in late or not late.isdisjoint(node.all_input_nodes):
+                late.add(node)
+                del body.nodes[node]
+
+
+def _drawn_out_of_turn(body: Candidates, found: list[Node]) -> set[Node]:
+    """Nodes that would draw random numbers before some that are drawn first, and stay."""
+    moving = ancestors(found, lambda node: node in body.nodes)
+    table, late, in_turn = body.level.tables[0], set(), True
+    for node in body.level.gm.graph.nodes:
+        if node in table.of and table.of[node].random:
+            in_turn &= node in moving
+            if node in moving and not in_turn:
+                late.add(node)
+    return late
+
+
+def _read_by_the_rest(
+    body: Candidates,
+    sites: Mapping[Level, Sites],
+    moved: Motion,
+    max_bytes: float,
+) -> list[Node]:
+    """Return the values that what stays in the body reads."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    raising = [
+        _raising(body, context, numbers, sites[context.parent])
+        for context, numbers in zip(body.level.live, body.numbers, strict=True)
+    ]
+
+    def require(node: Node) -> None:
+        if node in seen or node not in body.nodes:
+            return
+        seen.add(node)
+        refused = _stays_inside(body, node, sites, raising, max_bytes)
+        if refused is None:
+            found[node] = None
+            return
+        if isinstance(refused, Rule) and node in body.level.derived.candidates:
+            moved.refusals[node] = refused
+        for argument in node.all_input_nodes:
+            require(argument)
+
+    for node in body.level.gm.graph.nodes:
+        if node not in body.nodes:
+            for argument in node.all_input_nodes:
+                require(argument)
+    return list(found)
+
+
+def _raising(
+    body: Candidates, context: Context, numbers: Mapping[Node, Hashable], around: Sites
+) -> set[Node]:
+    """Nodes that may raise, or are computed from what may, and are not evaluated anyway."""
+    found: set[Node] = set()
+    effects = context.inner[context.index].of
+    for node in body.nodes:
+        if not around.is_outside(numbers[node]) and (
+            effects[node].raises or not found.isdisjoint(node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _stays_inside(
+    body: Candidates,
+    node: Node,
+    sites: Mapping[Level, Sites],
+    raising: list[set[Node]],
+    max_bytes: float,
+) -> Rule | bool | None:
+    """Why a value that could be made before the call is made in the body, None if it is not."""
+    level, derived = body.level, body.level.derived
+    if node not in derived.candidates or not isinstance(value_of(node), torch.Tensor):
+        return True  # a number, a tuple
+    if node in derived.constants:
+        return True  # goes where what is computed from it goes
+    if _is_view(level.tables[0], node):
+        return True
+    repeated = node in body.evaluated_again
+    for context, numbers, raises in zip(level.live, body.numbers, raising, strict=True):
+        number, around = numbers[node], sites[context.parent]
+        if not runs_whenever_the_call_does(
+            raises=node in raises,
+            always=context.call.bodies[context.index].always,
+            branch=context.call.branches,
+            on_every_path=around.is_outside(number) or around.on_every_path(number, context),
+        ):
+            return Rule.MAY_NOT_RUN
+        if (
+            context.call.branches
+            and value_of(node).requires_grad
+            and not has_a_gradient_on_every_path(
+                around.gradients(number, context),
+                outside=around.has_a_gradient_outside(number, context),
+            )
+        ):
+            return Rule.NO_GRADIENT
+        if context.call.loops and is_its_gradient_summed_in_reduced_precision(node):
+            return Rule.REDUCED
+        repeated |= around.is_repeated(number)
+    if not (repeated or is_run_again(level, [node]) or is_for_a_region_around(node)):
+        return Rule.ONE_USE
+    return Rule.TOO_LARGE if is_too_large(node, max_bytes) else None
+
+
+def _is_view(table: EffectTable, node: Node) -> bool:
+    """Whether the value shows memory of an input of its op, or of the op it is one result of."""
+    op = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(op, Node) or isinstance(value_of(op), torch.Tensor):
+        op = node
+    return bool(table.of[node].storages & table.of[op].reads)
+
+
+def _copy_before(
+    context: Context, call: Call, index: int, body: Candidates, wanted: list[Node], moved: Motion
+) -> dict[Node, Any]:
+    """Evaluate nodes of a body in front of a call, with the operands of that call."""
+    given = (*call.varying, *call.operands)
+    copies: dict[Node, Any] = dict(zip(call.bodies[index].placeholders, given, strict=True))
+    needed = ancestors(wanted, lambda node: node not in copies)
+    gm = context.parent.gm
+    with gm.graph.inserting_before(call.node):
+        for node in body.level.gm.graph.nodes:
+            if node not in needed:
+                continue
+            if node.op == "get_attr":
+                copies[node] = _copy_attribute(gm, body.level.gm, node)
+                continue
+            copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+            distinguish(copies[node], call.node.name)
+            evaluation = owner(node)
+            if evaluation is not None:
+                moved.origins.setdefault(evaluation[1], {})[call.node] = (call.op, call.iterations)
+    return copies
+
+
+def _copy_attribute(gm: GraphModule, body: GraphModule, node: Node) -> Node:
+    """Return a ``get_attr`` for what a body's module holds, in the graph around."""
+    value = attribute_of(body, node)
+    name = f"_moved_{str(node.target).replace('.', '_')}"
+    while getattr(gm, name, value) is not value:
+        name += "_"
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        gm.register_buffer(name, value, persistent=False)
+    else:
+        setattr(gm, name, value)
+    copied = gm.graph.get_attr(name)
+    copied.meta = dict(node.meta)
+    return copied
+
+
+def _enter_as_operand(
+    group: list[Candidates], places: list[tuple[int, Node]], branches: bool
+) -> None:
+    """Read a new placeholder, the last one of each body, in place of what was moved."""
+    name = places[0][1].name
+    for index, body in enumerate(group):
+        graph = body.level.gm.graph
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+        point = graph.inserting_after(last[0]) if last else graph.inserting_before()
+        with point:
+            entered = graph.placeholder(name)
+        entered.target = entered.name  # an argument's name, which must be its own
+        value = value_of(places[0][1])
+        given = value if _has_a_gradient(group, places) else value.detach()
+        entered.meta = meta_with(places[0][1], given)
+        if branches:
+            entered = with_gradient_laid_out_alike(entered)
+        mine = [node for i, node in places if i == index]
+        for node in mine:
+            node.replace_all_uses_with(entered)
+        erase_unused(body.level.gm, body.level.tables[0], mine, moved=body.nodes)

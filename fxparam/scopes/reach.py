@@ -1,0 +1,124 @@
+"""What Python objects hold that may hold tensors: the ways by which a ``forward`` gets at them.
+
+Followed are containers, modules, and functions with what they close over and their defaults. Global
+names and the attributes of other objects are not: through them everything can be reached.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.nn import Module
+
+__all__ = ["held_by", "reached"]
+
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_LEAVES = frozenset({bool, int, float, complex, str, bytes, type(None), type})
+_OFTEN_EMPTY = frozenset({dict, OrderedDict, set})
+# For each class of modules, where in its MRO which attributes may hold tensors. Names alone, as a
+# function may hold its class, which must not keep itself alive.
+_class_attributes: WeakKeyDictionary[type, tuple[tuple[int, str], ...]] = WeakKeyDictionary()
+
+
+def held_by(module: Module) -> list[Any]:
+    """Return the attributes of a module and of its class that may hold tensors.
+
+    Not those in ``_parameters``, ``_buffers`` and ``_modules``.
+    """
+    attributes = module.__dict__
+    stores = [attributes.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    own: list[Any] = []
+    for value in attributes.values():
+        kind = type(value)
+        # A module has a dozen containers for hooks, nearly always empty.
+        if kind not in _LEAVES and not (kind in _OFTEN_EMPTY and not value):
+            own.append(value)
+    return [v for v in own if not any(v is store for store in stores)] + _of_class(type(module))
+
+
+def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | Module]:
+    """Yield each tensor and module that ``start`` leads to, once, in an order that is always the
+    same.
+
+    Args:
+        start: any objects.
+        known: modules that are not looked into.
+    """
+    seen, work = set(map(id, known)), list(start)
+    while work:
+        value = work.pop()
+        kind = type(value)
+        if kind in _LEAVES or id(value) in seen:
+            continue
+        seen.add(id(value))
+        # By its type: a weak proxy answers for another object, which may be gone.
+        if issubclass(kind, Tensor):
+            yield value
+        elif issubclass(kind, Module):
+            yield value
+            for store in (value._parameters, value._buffers, value._modules):
+                work += store.values()
+            work += held_by(value)
+        else:
+            work += _parts(value)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a container or a function holds; nothing for other objects."""
+    kind = type(value)
+    if issubclass(kind, dict):
+        return dict.values(value)
+    if issubclass(kind, _SEQUENCES):
+        return value  # type: ignore[no-any-return]
+    if kind is types.FunctionType:
+        return _parts_of_function(value)
+    if kind is types.MethodType:
+        return value.__func__, value.__self__
+    if kind in (staticmethod, classmethod):
+        return (value.__func__,)
+    if kind is property:
+        return value.fget, value.fset
+    if issubclass(kind, partial):
+        return value.func, value.args, value.keywords
+    return ()
+
+
+def _parts_of_function(function: types.FunctionType) -> list[Any]:
+    found: list[Any] = [function.__defaults__, function.__kwdefaults__]
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return found
+
+
+def _of_class(cls: type) -> list[Any]:
+    places = _class_attributes.get(cls)
+    if places is None:
+        places = _class_attributes[cls] = tuple(
+            (depth, name)
+            for depth, base in enumerate(cls.__mro__[: cls.__mro__.index(Module)])
+            for name, value in vars(base).items()
+            if _may_hold(name, value)
+        )
+    bases = cls.__mro__
+    return [vars(bases[depth]).get(name) for depth, name in places]
+
+
+def _may_hold(name: str, value: Any) -> bool:
+    kind = type(value)
+    if issubclass(kind, (Tensor, Module, dict, *_SEQUENCES)):
+        return not name.startswith("__")
+    if kind is types.FunctionType:
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        # super() makes a function close over its class.
+        cells = set(value.__code__.co_freevars) - {"__class__"}
+        return bool(cells) or any(type(default) not in _LEAVES for default in defaults)
+    return any(_may_hold("", part) for part in _parts(value))

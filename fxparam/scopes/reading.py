@@ -1,0 +1,95 @@
+"""How parametrized tensors are read in scopes: eager code, and code that Dynamo traces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fxparam import marks
+from fxparam._torch.dynamo import annotate
+from fxparam.eager import reading
+from fxparam.scopes import store, under_dynamo
+
+__all__ = ["ScopedReading", "training_modes"]
+
+
+class ScopedReading(reading.Reading):
+    """Reads the value that the region around the code has, and evaluates where there is none."""
+
+    def value(self, chain: Module) -> Tensor:
+        """Return the value of a parametrized tensor, for code that runs."""
+        if store.active:
+            return store.read(chain)
+        return chain()  # type: ignore[no-any-return]
+
+    def traced_value(self, chain: Module) -> Tensor:
+        """Return the value of a parametrized tensor: marked as one evaluation where a region is."""
+        if under_dynamo.is_open():
+            return _marked(chain)
+        if not store.active:
+            return chain()  # type: ignore[no-any-return]
+        return _value_of_region_around(chain)
+
+    def forget(self, chain: Module) -> None:
+        """Drop values of a parametrized tensor, whose originals are about to be assigned."""
+        if store.active:
+            store.forget(chain)
+
+    def is_shared(self) -> bool:
+        """Check whether other readers may hold the tensor that ``value`` returns."""
+        return store.active
+
+
+reading.use(ScopedReading())
+
+
+@store.untraced
+def _has_effects_that_no_node_has() -> None:
+    """Return an evaluation that changes Python attributes leaves the graph: each read does it
+    there.
+    """
+
+
+def training_modes(module: Module) -> str:
+    """Spell the training modes of a module and its submodules.
+
+    Not by ``Module.modules()``, which Dynamo does not trace on a module that was changed.
+    """
+    modes = "t" if module.training else "e"
+    for child in module._modules.values():
+        if child is not None:
+            modes += training_modes(child)
+    return modes
+
+
+def _value_of_region_around(chain: Module) -> Tensor:
+    """Return the value that the graph will take from the eager region it runs in."""
+    # Before the identity is asked for, on which compiled code then depends.
+    if under_dynamo.changes() or under_dynamo.is_shared():
+        return store.read(chain)
+    around = under_dynamo.region_around(id(chain))
+    if not around:
+        return store.read(chain)
+    with annotate({marks.REGION: around}):
+        value = _marked(chain)
+        if under_dynamo.changes():
+            under_dynamo.retrace_without(id(chain))
+        if value is chain._parameters.get("original"):
+            return value
+        with annotate({marks.VALUE: under_dynamo.mark_of(id(chain))}):
+            return torch.ops.aten.alias.default(value)  # type: ignore[no-any-return]
+
+
+def _marked(chain: Module) -> Tensor:
+    mark = under_dynamo.evaluation_of(id(chain), training_modes(chain))
+    if not mark:
+        return chain()  # type: ignore[no-any-return]
+    if mark == under_dynamo.UNTRACEABLE:
+        return store.read(chain)
+    before = under_dynamo.assignments(id(chain))
+    with annotate({marks.EVALUATION: mark}):
+        value: Tensor = chain()
+    if under_dynamo.assignments(id(chain)) != before:
+        _has_effects_that_no_node_has()
+    return value

@@ -1,0 +1,192 @@
+"""The ``cached()`` region that the running code is in, and the values it holds.
+
+The present region is a context variable, so that it belongs to one thread of execution: a thread
+starts outside every region, an asyncio task inherits the region of the code that started it. A
+thread that was handed a copy of a context, region included, is outside it all the same: two threads
+never share a region. So is a checkpointed function that is called in a region: it runs again in
+backward, maybe after the region, has to evaluate and save as much as it did then, and finds what it
+had saved by counting.
+
+Dynamo cannot trace a context variable, and a guard on a ``threading.local`` compares the wrong
+dictionary. It does guard an attribute of a module, by reading it again at each call. ``active`` is
+therefore a property of *this module*: eager code and Dynamo's guards both get the answer for the
+context they run in.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around
+from fxparam.scopes.modes import ambient
+from fxparam.scopes.snapshot import HeldValue, Snapshot
+
+__all__ = [
+    "Region",
+    "active",
+    "current",
+    "enter",
+    "forget",
+    "leave",
+    "outside_regions",
+    "read",
+    "untraced",
+]
+
+# Values kept of one tensor in one region: for other modes, and for other originals, which
+# functional_call may put in place without end. The oldest goes first.
+_KEPT = 8
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def untraced(function: F) -> F:
+    """Let compiled code leave its graph for ``function``, which Dynamo cannot trace."""
+    reason = "the values of a fxparam.cached() region are kept outside compiled graphs"
+    return cast("F", torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
+
+
+class Region:
+    """The values that one ``cached()`` region shares, by parametrization list and then by mode."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.checkpoint = checkpoint_around()
+        self.depth = 0
+        # Weak, so that a long region does not keep models alive which their owner has dropped.
+        self.entries: WeakKeyDictionary[Module, dict[object, HeldValue]] = WeakKeyDictionary()
+
+    def enter(self) -> None:
+        self.depth += 1
+
+    def leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.entries.clear()
+
+    @property
+    def usable(self) -> bool:
+        return (
+            self.depth > 0
+            and self.thread == threading.get_ident()
+            and self.checkpoint is checkpoint_around()
+        )
+
+
+_region: ContextVar[Region | None] = ContextVar("fxparam_region", default=None)
+
+
+def current() -> Region | None:
+    """Return the region the running code is in, or None."""
+    region = _region.get()
+    return region if region is not None and region.usable else None
+
+
+class _ContextModule(types.ModuleType):
+    @property
+    def active(self) -> bool:
+        return current() is not None
+
+
+if TYPE_CHECKING:
+    active: bool
+else:
+    sys.modules[__name__].__class__ = _ContextModule
+
+
+@untraced
+def enter() -> tuple[Region, Token[Region | None] | None]:
+    """Begin a region, or one inside the present region; :func:`leave` ends it."""
+    region = current()
+    token = None
+    if region is None:
+        region = Region()
+        token = _region.set(region)
+    region.enter()
+    return region, token
+
+
+@untraced
+def leave(entered: tuple[Region, Token[Region | None] | None]) -> None:
+    """End what ``enter`` began."""
+    region, token = entered
+    region.leave()
+    if token is not None:
+        # A generator may be closed in another context than it ran in. That context never saw this
+        # region, and the region, left, is not usable any more.
+        with suppress(ValueError):
+            _region.reset(token)
+
+
+@contextmanager
+def outside_regions() -> Iterator[None]:
+    """Leave the regions around the block, for the block."""
+    token = _region.set(None)
+    try:
+        yield
+    finally:
+        _region.reset(token)
+
+
+def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
+    """Under what a value is kept: originals and modes by identity, which its entry keeps alive."""
+    return (ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
+
+
+@untraced
+def read(chain: Module) -> Tensor:
+    """Return the value of ``chain`` in the current region: one that is still right, or a new one.
+
+    Args:
+        chain: a ``ParametrizationList``.
+
+    Raises:
+        RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
+        constant.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "Cannot trace a model while caching parametrizations: a traced graph would hold the "
+            "cached value as a constant.\n"
+            "required: torch.jit.trace outside of fxparam.cached()\n"
+            "found: torch.jit.trace inside of it"
+        )
+    region = current()
+    if region is None:
+        return chain()  # type: ignore[no-any-return]
+    now, modes = Snapshot(chain), active_modes()
+    entries = region.entries.setdefault(behind_proxy(chain), {})
+    key = _key(now, modes)
+    entry = entries.get(key)
+    if entry is not None and entry.holds(now):
+        return entry.value
+    value: Tensor = chain()
+    # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
+    # make its value stale.
+    now = Snapshot(chain)
+    entry = HeldValue.of(value, now, modes)
+    entries.pop(key, None)
+    if entry is not None:
+        entries[_key(now, modes)] = entry
+        if len(entries) > _KEPT:
+            del entries[next(iter(entries))]
+    return value
+
+
+@untraced
+def forget(chain: Module) -> None:
+    """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
+    region = current()
+    if region is not None:
+        region.entries.pop(behind_proxy(chain), None)

@@ -1,0 +1,217 @@
+"""Capture by Dynamo, as a graph over the model's own parameters and buffers.
+
+It takes example inputs, and then traces what symbolic tracing cannot: branches on ranks and dtypes,
+loops over shapes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module
+
+from fxparam._torch.dynamo import dynamo_export
+from fxparam._torch.fx import rename
+from fxparam._torch.names import tree_flatten_with_path, tree_map, tree_unflatten
+from fxparam.graph.analysis.nodes import meta_with, value_of
+from fxparam.tracing.grad_mode import switch_grad_mode
+from fxparam.tracing.proxies import keep_old_numbers
+from fxparam.tracing.rebound import State, write_rebound
+
+__all__ = ["capture"]
+
+
+def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> GraphModule:
+    """Return a graph module of one call of ``root``, with its tensors read by their names in
+    ``root``.
+
+    Args:
+        root: a module or function.
+        example_inputs: positional arguments.
+        tracer_cls: what traces the code of the graph module again, when it is unpickled.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: the model cannot be captured as one graph.
+    """
+    args, state = _distinct(tuple(example_inputs), root), State(root)
+    tensors, enabled = state.tensors, torch.is_grad_enabled()
+    # Dynamo exports a module by its forward alone, and with hooks around it fails.
+    hooked = isinstance(root, Module) and (root._forward_hooks or root._forward_pre_hooks)
+    call = (lambda *args: root(*args)) if hooked else root
+    gm, rebound = _export(call, args, state, enabled)
+    if rebound:
+        call = _returning(root, rebound)
+        gm, _ = _export(call, args, state, enabled)
+    try:
+        opposite = _export(call, args, state, not enabled)[0]
+    except Exception:  # the model may work in one mode alone
+        opposite = None
+    if opposite is not None and not enabled and _has_backward(opposite):
+        gm, opposite, enabled = opposite, gm, True
+    switch_grad_mode(gm.graph, None if opposite is None else opposite.graph, enabled)
+    names = _names(root)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if isinstance(value, torch.Tensor):
+            node.target = names.get(id(value), node.target)
+    gm.graph = _with_signature(gm, root, args, tracer_cls)
+    if rebound:
+        _write_rebound(gm.graph, rebound, tensors)
+    keep_old_numbers(gm.graph)
+    return gm
+
+
+def _has_backward(gm: GraphModule) -> bool:
+    """Check whether a graph has a custom ``autograd.Function``: without gradients Dynamo inlines
+    it.
+    """
+    bodies = (body for body in gm.modules() if isinstance(body, GraphModule))
+    names = {getattr(n.target, "__name__", "") for body in bodies for n in body.graph.nodes}
+    return "autograd_function_apply" in names
+
+
+def _export(
+    call: Any, args: tuple[Any, ...], state: State, grad_enabled: bool
+) -> tuple[GraphModule, list[str]]:
+    """Return a call as a graph, and the names of the buffers that it rebinds; the model is
+    unchanged.
+    """
+    try:
+        with torch.set_grad_enabled(grad_enabled):  # the call may leave another
+            return dynamo_export(call, args), list(state.rebound())
+    finally:
+        state.restore()
+
+
+def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cls: type) -> Graph:
+    """Return the graph with a placeholder per argument and its value as written, in place of
+    leaves.
+    """
+    forward = root.forward if isinstance(root, Module) else root
+    bound = inspect.signature(forward).bind(*args)
+    given = {f"{n}_{i}" if _is_variadic(forward, n) else n: a for n, i, a in _spread(bound)}
+    graph = Graph(tracer_cls=tracer_cls)
+    placeholders = [graph.placeholder(name) for name in given]
+    copies: dict[Node, Node] = {}
+    leaves = [
+        (placeholder, path)
+        for placeholder, value in zip(placeholders, given.values(), strict=True)
+        for path, _ in tree_flatten_with_path(value)[0]
+    ]
+    for old, (placeholder, path) in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if old.users:
+            copies[old] = _part(graph, placeholder, path)
+            copies[old].meta = dict(old.meta)
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "get_attr":
+            rename(copies[node], re.sub(r"\W", "_", str(node.target)))
+    flat: Any = gm.graph.output_node().args[0]
+    graph.output(
+        tree_unflatten([copies[v] if isinstance(v, Node) else v for v in flat], gm._out_spec)
+    )
+    return graph
+
+
+def _spread(bound: inspect.BoundArguments) -> Iterator[tuple[str, int, Any]]:
+    for name, value in bound.arguments.items():
+        variadic = bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        for i, each in enumerate(value if variadic else (value,)):
+            yield name, i, each
+
+
+def _is_variadic(function: Any, name: str) -> bool:
+    kind = inspect.signature(function).parameters[name].kind
+    return kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def _part(graph: Graph, node: Node, path: Sequence[Any]) -> Node:
+    """What is found in an argument that is a container."""
+    for key in path:
+        if hasattr(key, "name"):
+            node = graph.call_function(getattr, (node, key.name))
+        else:
+            index = key.idx if hasattr(key, "idx") else key.key
+            node = graph.call_function(operator.getitem, (node, index))
+    return node
+
+
+def _distinct(args: Any, root: Any) -> Any:
+    """Dynamo takes two tensors that are one for one, in later calls as well.
+
+    So are two arguments, or an argument and a tensor of the model.
+    """
+    seen = {id(tensor) for tensor in _tensors_of(root)}
+
+    def once(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        seen.add(id(leaf))
+        return leaf
+
+    return tree_map(once, args)
+
+
+def _tensors_of(root: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a model, or those that a function reads and the models it calls hold."""
+    held: list[Any] = [root]
+    if inspect.isfunction(root):
+        read = inspect.getclosurevars(root)
+        held = [*read.nonlocals.values(), *read.globals.values()]
+    for value in held:
+        state = State(value)
+        yield from (*state.tensors.values(), *state.plain_tensors)
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+def _returning(root: Module, names: Sequence[str]) -> Callable[..., Any]:
+    """Return a call that returns, after the model's outputs, what it leaves bound to buffers'
+    names.
+    """
+
+    def call(*args: Any) -> Any:
+        outputs = root(*args)
+        values = []
+        for name in names:
+            value: Any = root
+            for part in name.split("."):
+                value = getattr(value, part)
+            values.append(value)
+        return outputs, values
+
+    return call
+
+
+def _write_rebound(graph: Graph, names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write what the graph returns for buffers to the buffers, and return the rest."""
+    output: Any = graph.output_node()
+    outputs, values = output.args[0]
+    output.args = (outputs,)
+    write_rebound(graph, tensors, dict(zip(names, values, strict=True)), _describe_copy)
+
+
+def _describe_copy(node: Node) -> None:
+    """Return the metadata of a copy; of a buffer that the captured code does not read there are
+    none.
+    """
+    for read in node.all_input_nodes:
+        if value_of(read) is not None:
+            node.meta = meta_with(read, value_of(read).clone())
+
+
+def _names(root: Module) -> dict[int, str]:
+    """Return the qualified name of each parameter and buffer; the first of a tied one."""
+    names: dict[int, str] = {}
+    if not isinstance(root, Module):
+        return names
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        names.setdefault(id(tensor), name)
+    return names

@@ -1,0 +1,94 @@
+"""Tracing the code of a graph again, when it is unpickled: as it is written, nothing is run.
+
+A tracer of models runs the calls in which no proxy takes part, and keeps their results. In the code
+of a graph each call is a node, ``torch.rand(3)`` and switches of the grad mode among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from fxparam._torch.names import HigherOrderOperator, set_grad_enabled
+from fxparam.tracing.grad_mode import replaced
+from fxparam.tracing.propagation import Propagation
+from fxparam.tracing.proxies import Recorded, keep_old_numbers
+
+__all__ = ["Retracer"]
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+class Retracer(torch.fx.Tracer):
+    """Traces the code that torch.fx generates for a graph."""
+
+    proxy_buffer_attributes = True
+
+    def trace(
+        self,
+        root: Module | Callable[..., Any],
+        concrete_args: dict[str, Any] | None = None,
+    ) -> Graph:
+        """Return the graph whose code ``root`` has, with metadata where parameters alone decide
+        them.
+        """
+
+        def ask() -> Any:
+            return self.create_proxy("call_function", _is_grad_enabled, (), {})
+
+        def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.create_proxy("call_function", op, args, kwargs)
+
+        with ExitStack() as stack:
+            for kind in _kinds(HigherOrderOperator):  # some run their bodies before they dispatch
+                stack.enter_context(replaced(kind, "__call__", call))
+            stack.enter_context(replaced(torch, "is_grad_enabled", ask))
+            stack.enter_context(_RecordCalls(self))
+            graph = super().trace(root, concrete_args)
+        keep_old_numbers(graph)
+        _describe(graph, self.root)
+        return graph
+
+    def proxy(self, node: Node) -> Proxy:
+        """Return a proxy that records operators in place."""
+        return Recorded(node, self)
+
+
+def _kinds(kind: type) -> Iterator[type]:
+    """Yield a class and its subclasses, of those that say themselves what a call does."""
+    if "__call__" in vars(kind):
+        yield kind
+    subclasses: list[type] = kind.__subclasses__()
+    for each in subclasses:
+        yield from _kinds(each)
+
+
+class _RecordCalls(TorchFunctionMode):
+    def __init__(self, tracer: Retracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not is_tensor_method_or_property(func):
+            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _describe(graph: Graph, root: Module) -> None:
+    known, before = Propagation(), _is_grad_enabled()
+    try:
+        for node in graph.nodes:
+            if node.target is set_grad_enabled:
+                set_grad_enabled(before if isinstance(node.args[0], Node) else node.args[0])
+            else:
+                known.describe(node, root)
+    finally:
+        set_grad_enabled(before)
