@@ -84,7 +84,7 @@ def test_spectral_norm_keeps_its_power_iterations_in_training() -> None:
     check_against_eager(model, fx, torch.randn(2, 5, dtype=torch.float64))
     (entry,) = fx.last_report.entries
     assert entry.evaluations == 6
-    assert sum(kept.count for kept in entry.kept) == 5
+    assert sum(refusal.count for refusal in entry.refused) == 5
 
 
 def test_spectral_norm_is_shared_in_evaluation_mode() -> None:

@@ -3,7 +3,7 @@
 from fxparam.graph.analysis.effects import Effects, EffectTable, analyze
 from fxparam.graph.analysis.evaluations import Evaluation, evaluations
 from fxparam.graph.passes.hoist import HoistResult, hoist
-from fxparam.graph.report import Entry, Kept, Report
+from fxparam.graph.report import Entry, Refusal, Report
 from fxparam.graph.rules import Rule, refusal
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
 from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
@@ -14,7 +14,7 @@ __all__ = [
     "Entry",
     "Evaluation",
     "HoistResult",
-    "Kept",
+    "Refusal",
     "Report",
     "Rule",
     "analyze",

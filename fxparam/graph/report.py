@@ -1,4 +1,4 @@
-"""What was hoisted, what was kept, and why: plain data with a readable ``repr``."""
+"""What was hoisted, what was refused, and why: plain data with a readable ``repr``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxparam.graph.analysis.evaluations import Evaluation
 from fxparam.graph.analysis.nodes import is_view
 from fxparam.graph.rules import Rule
 
-__all__ = ["Entry", "Kept", "Report", "make_report"]
+__all__ = ["Entry", "Refusal", "Report", "make_report"]
 
 
 # A parametrization in its list, as module stacks spell it.
@@ -21,12 +21,12 @@ _STEP = re.compile(r"parametrizations\W+\w+\W+\d+\W*$")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Refusal:
     """Evaluations that were not shared, and why.
 
     Attributes:
-        rule: the first rule that kept an operation of theirs.
-        count: how many evaluations it kept.
+        rule: the first rule that an operation of theirs would break.
+        count: how many evaluations it holds for.
         where: source lines of their accesses, as ``file:line``, where the capture knows them.
     """
 
@@ -48,7 +48,7 @@ class Entry:
         runs: evaluations in one run that are left.
         hoisted_from: the loops and other bodies that it was moved out of, each with the number of
             its iterations, None if not known.
-        kept: what kept the others.
+        refused: why the others were not shared.
     """
 
     name: str
@@ -58,7 +58,12 @@ class Entry:
     runs_before: int | None
     runs: int | None
     hoisted_from: tuple[tuple[str, int | None], ...] = ()
-    kept: tuple[Kept, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def kept(self) -> tuple[Refusal, ...]:
+        """The former name of ``refused``."""
+        return self.refused
 
 
 @dataclass(frozen=True)
@@ -82,18 +87,15 @@ class Report:
             lines.append(f"  {entry.name}{kind}: {_counts(entry)}")
             for op, iterations in entry.hoisted_from:
                 lines.append(f"    moved out of {op}{_times(iterations)}")
-            for kept in entry.kept:
-                lines.append(f"    {kept.count} kept: {kept.rule.value}")
-                lines += [f"      {place}" for place in kept.where]
+            for refusal in entry.refused:
+                lines.append(f"    {refusal.count} refused: {refusal.rule}")
+                lines += [f"      {place}" for place in refusal.where]
         return "\n".join(lines)
 
 
 def _counts(entry: Entry) -> str:
-    text = f"{entry.accesses} accesses, {entry.evaluations} kept"
-    if (entry.runs_before, entry.runs) != (entry.accesses, entry.evaluations):
-        before, after = ("?" if n is None else n for n in (entry.runs_before, entry.runs))
-        text += f"; {before} evaluations in one run, {after} left"
-    return text
+    before, after = ("?" if n is None else n for n in (entry.runs_before, entry.runs))
+    return f"evaluated {before} times, now {after}"
 
 
 def _times(iterations: int | None) -> str:
@@ -118,12 +120,12 @@ def make_report(
         nodes = {node for site in left for node in site.nodes}
         left = [site for site in left if not _is_for_others(site, nodes)]
         left = _whole(left, Counter(e.access for e in mine))
-        kept: dict[Rule, list[Evaluation]] = {}
-        # One evaluation is what sharing leaves; it is not one that was kept.
+        refused: dict[Rule, list[Evaluation]] = {}
+        # One evaluation is what sharing leaves; it was not refused.
         for site in left[1:] if left and left[0].runs == 1 else left:
             rule = next((refusals[node] for node in site.nodes if node in refusals), None)
             if rule is not None:
-                kept.setdefault(rule, []).append(site)
+                refused.setdefault(rule, []).append(site)
         moved = Counter(origins.get(name, {}).values())
         entries.append(
             Entry(
@@ -134,7 +136,7 @@ def make_report(
                 _total(mine),
                 _total(left),
                 tuple(moved),
-                tuple(Kept(rule, len(sites), _lines(sites)) for rule, sites in kept.items()),
+                tuple(Refusal(rule, len(sites), _lines(sites)) for rule, sites in refused.items()),
             )
         )
     return Report(tuple(entries), merged)

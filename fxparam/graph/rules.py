@@ -1,11 +1,24 @@
-"""When two accesses may share one value: the rules, each a predicate that reads as a question.
+"""When two accesses may share one value: six rules, each asked by predicates read as questions.
 
-``refusal`` asks them in order. It is given two nodes that compute the same function of the same
-inputs (rule 1: that is what value numbering found) and answers with the first rule that forbids
-the later one to use the value of the earlier one, or None. ``obstacle`` asks the same of a node in
-a body and a node in front of the call that runs the body.
+1. They are the same function of the same tensors, forward and backward. Value numbering finds what
+   is the same forward (``analysis/numbering.py``). Backward is asked by
+   ``has_one_backward_for_all``, ``may_a_gradient_be_taken`` and
+   ``is_its_gradient_summed_in_reduced_precision``.
+2. No original, and no buffer that the evaluation reads, is written between the two: asked by
+   ``is_an_input_written_between``, ``is_an_input_written_inside`` (a loop's body) and
+   ``is_an_input_written_around`` (what backward runs again).
+3. Nobody writes to the value while another still reads it: asked by ``is_the_value_written``,
+   ``does_the_value_escape``, ``is_the_value_written_inside`` and ``does_the_value_leave_the_body``.
+4. Both run under the same modes: asked by ``runs_under_the_same_modes`` and
+   ``runs_under_the_modes_of_the_call``.
+5. The evaluation writes nothing and draws no random numbers: asked by ``has_effects``.
+6. An evaluation that leaves a body is run whenever the program would have run it, or does no harm
+   where it would not: asked by ``runs_whenever_the_call_does`` and
+   ``has_a_gradient_on_every_path``.
 
-Whether sharing pays is another question, asked at the end of this file.
+``refusal`` asks them of two nodes of one graph, ``obstacle`` of a node in a body and a place in
+front of the call that runs the body. Both answer with the :class:`Rule` that forbids it, or None.
+Whether sharing is worthwhile is another question, asked at the end of this file.
 """
 
 from __future__ import annotations
@@ -26,29 +39,48 @@ __all__ = ["Rule", "obstacle", "refusal"]
 
 
 class Rule(enum.Enum):
-    """Why an evaluation is kept."""
+    """Why an evaluation is not shared.
 
-    ORIGINAL_WRITTEN = "an original is written between the two accesses (rule 2)"
-    WRITTEN_AROUND = "an original is written in the graph, and backward may evaluate again (rule 2)"
-    VALUE_WRITTEN = "the value is written in place (rule 3)"
-    VALUE_ESCAPES = "the value leaves the graph, where it may be written in place (rule 3)"
-    NOT_ADDITIVE = "a custom backward is not known to be additive in the gradient (rule 1)"
-    MODES_DIFFER = "grad, autocast or functorch modes differ (rule 4)"
-    RANDOM = "the evaluation draws random numbers (rule 5)"
-    WRITES = "the evaluation writes in place (rule 5)"
-    UNKNOWN = "the effects of an operation are not known (rule 5)"
-    MAY_NOT_RUN = "the body may not run, and the program would not have evaluated it (rule 6)"
-    DIFFERENTIATED = "the graph itself takes gradients of what is computed from it (rule 1)"
-    NO_GRADIENT = "the branch taken may give it no gradient, which is not one of zeros (rule 6)"
-    REDUCED = "its gradient would be summed over the steps in reduced precision (rule 1)"
-    TOO_LARGE = "the value has more than max_bytes bytes (profitability)"
-    ONE_USE = "nothing else uses the value, and the body runs once (profitability)"
+    The value says why, in words for a report.
+
+    Attributes:
+        number: which of the six rules forbids it; None where sharing is legal and not worthwhile.
+    """
+
+    NOT_ADDITIVE = 1, "a custom backward is not known to be additive in the gradient"
+    DIFFERENTIATED = 1, "the graph itself takes gradients of what is computed from it"
+    REDUCED = 1, "its gradient would be summed over the steps in reduced precision"
+    ORIGINAL_WRITTEN = 2, "an original is written between the two accesses"
+    WRITTEN_AROUND = 2, "an original is written in the graph, and backward may evaluate again"
+    VALUE_WRITTEN = 3, "the value is written in place"
+    VALUE_ESCAPES = 3, "the value leaves the graph, where it may be written in place"
+    MODES_DIFFER = 4, "grad, autocast or functorch modes differ"
+    RANDOM = 5, "the evaluation draws random numbers"
+    WRITES = 5, "the evaluation writes in place"
+    UNKNOWN = 5, "the effects of an operation are not known"
+    MAY_NOT_RUN = 6, "the body may not run, and the program would not have evaluated it"
+    NO_GRADIENT = 6, "the branch taken may give it no gradient, which is not one of zeros"
+    TOO_LARGE = None, "the value has more than max_bytes bytes"
+    ONE_USE = None, "nothing else uses the value, and the body runs once"
+
+    number: int | None
+    _value_: str
+
+    def __new__(cls, number: int | None, why: str) -> Rule:
+        """Make a member whose value is ``why``."""
+        rule = object.__new__(cls)
+        rule._value_, rule.number = why, number
+        return rule
+
+    def __str__(self) -> str:
+        rule = "not worthwhile" if self.number is None else f"rule {self.number}"
+        return f"{rule}, {self.value}"
 
 
 def refusal(
     table: EffectTable, first: Node, again: Node, max_bytes: float = float("inf")
 ) -> Rule | None:
-    """The rule that forbids ``again`` to use the value of ``first``, which runs before it."""
+    """Return the rule that forbids ``again`` to use the value of ``first``, which runs first."""
     impure = has_effects(table, again)
     if impure is not None:
         return impure
@@ -77,12 +109,13 @@ def obstacle(
     *,
     asked_for: bool = False,
 ) -> Rule | None:
-    """Return the rule that forbids to evaluate ``node``, which a body of ``call`` runs, before the
-    call.
+    """Return the rule that forbids to evaluate a body's node in front of the body's call.
 
     Args:
         around: the effects of the graph that has the call, and of those around it, in that order.
-        inner: the effects of the bodies, that of ``node`` first.
+        call: the call.
+        inner: the effects of the bodies, those of the body with the node first.
+        node: the node.
         asked_for: a ``cached()`` region around the call evaluates once, in eager code as well,
             and draws random numbers once.
     """

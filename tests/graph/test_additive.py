@@ -100,7 +100,7 @@ def test_shared_where_additive(name: str, checkpointed: bool) -> None:
     if not BACKWARDS[name][1]:
         # An assignment to an element is not seen through, and refused before that.
         rule = Rule.UNKNOWN if name == "zeros that are set" else Rule.NOT_ADDITIVE
-        assert rule in {kept.rule for kept in entry.kept}
+        assert rule in {refusal.rule for refusal in entry.refused}
 
 
 @torch.compiler.allow_in_graph

@@ -355,5 +355,5 @@ def test_no_gradient_does_not_become_one_of_zeros(body: Callable[..., Any]) -> N
 )
 def test_the_report_names_the_rule(body: Callable[..., Any]) -> None:
     _, result = _run(body, train=True)
-    rules = {kept.rule for entry in result.report.entries for kept in entry.kept}
+    rules = {refusal.rule for entry in result.report.entries for refusal in entry.refused}
     assert CASES[body][2] in rules, result.report

@@ -1,6 +1,6 @@
 """Static ``cached()``: in a marked region, a parametrized tensor is evaluated once, with effects.
 
-TakenOut a region an evaluation that writes or draws random numbers is kept (rule 5). In one it is
+Outside a region an evaluation that writes or draws random numbers is kept (rule 5). In one it is
 shared as the eager ``cached()`` shares it: the second evaluation of a chain is taken out whole,
 with what it writes and draws, if nothing but the first wrote what it reads since, nobody wrote to
 the value, and the modes are the same. It is compared with the first node by node; that it reads
