@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import json
 import math
 import statistics
@@ -44,9 +43,9 @@ NODES = (1000, 2000, 5000, 10_000, 20_000)
 _COLUMNS = ("graph", "nodes", "nodes left", "pass s", "us a node", "compile s", "by", "share")
 _WIDTH = 8
 _LAST = 10  # times the limit: there is nothing to turn to after ``aot_eager``
-# In ``fxparam.backend``: what it runs on each graph, and hands to Inductor to run on each.
+# What the backend runs on each graph, or hands to Inductor to run on each, as its file names it.
 _PASSES = (
-    "drop_marks_of_other_traces",
+    "settle",
     "hoist",
     "save_reads_of_overwritten_inputs",
     "show_what_bodies_pass_on",
@@ -116,8 +115,7 @@ def model_of(kind: str, nodes: int) -> nn.Module:
 def _passes_timed() -> Iterator[dict[str, float]]:
     """Adds up, under "pass", the seconds that fxparam's passes take, and under "nodes" and "left"
     the nodes of the graphs before and after the one that shares."""
-    # The package's attribute of this name is the function.
-    module = importlib.import_module("fxparam.backend")
+    module = fxparam.compiling.backend
     seen = {"nodes": 0, "left": 0, "pass": 0.0}
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:

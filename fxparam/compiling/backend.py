@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxparam import marks
 from fxparam._torch.dynamo import clear_trace_marks, lookup_backend, trace_number
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
@@ -22,6 +21,7 @@ from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
 from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
 from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
+from fxparam.marks import EVALUATION, REGION, VALUE, settle
 from fxparam.scopes.under_dynamo import forget_models
 
 __all__ = ["Backend", "backend", "default"]
@@ -71,8 +71,8 @@ class Backend:
         backend, over those given to :func:`backend`.
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
-        marks.settle(gm, trace_number())
-        clear_trace_marks((marks.REGION, marks.EVALUATION, marks.VALUE))
+        settle(gm, trace_number())
+        clear_trace_marks((REGION, EVALUATION, VALUE))
         # Dynamo restores the frame's own modes before it calls a backend.
         result = hoist(
             gm,

@@ -4,19 +4,16 @@ No list of op names: a node's op is run on fresh fake tensors under a dispatch m
 the schema of every ATen op below it. What the op does depends on its target and the metadata of
 its arguments alone, so the answer is remembered under that key and the run is done once.
 
-Aliasing is by storage. A storage is an integer token: inputs that share memory share a token, a
-view has the token of its base, and an op that allocates gets a token of its own.
-
 *Unknown means unsafe.* An op that cannot be run on fakes is taken to write all its arguments; a
 Python function that is not torch's may reach anything and is taken to write everything.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
-from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -25,7 +22,8 @@ from torch.fx import GraphModule, Node
 
 from fxparam._torch.names import HigherOrderOperator, tree_flatten
 from fxparam._torch.tensors import storage_of
-from fxparam.graph.analysis.bodies import Call, call_of
+from fxparam.graph.analysis.bodies import Body, Call, call_of
+from fxparam.graph.analysis.effect_table import Effects, EffectTable
 from fxparam.graph.analysis.modes import ModeStack
 from fxparam.graph.analysis.nodes import attribute_of, body_of, tensors_in, value_of
 from fxparam.graph.analysis.op_effects import UNKNOWN, OpEffects, Ops, is_torch
@@ -40,87 +38,6 @@ _RUNS_BODIES = {
     "autograd_function_apply",
     "wrap_activation_checkpoint",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Effects:
-    """What one node does.
-
-    Attributes:
-        reads: storages of its tensor arguments.
-        writes: storages it writes in place; ``writes_all`` when it may write any.
-        random: it draws random numbers.
-        known: its effects were observed; if not, they are assumed to be the worst.
-        raises: it may raise, depending on the data.
-        modes: the grad, autocast and functorch modes in force, as an opaque key.
-        values: for each tensor in its value, the storages that tensor may live in.
-    """
-
-    reads: frozenset[int]
-    writes: frozenset[int]
-    random: bool
-    known: bool
-    writes_all: bool
-    raises: bool
-    modes: Hashable
-    values: tuple[frozenset[int], ...]
-
-    @property
-    def storages(self) -> frozenset[int]:
-        """Every storage the node's value may live in."""
-        return frozenset().union(*self.values)
-
-    @property
-    def pure(self) -> bool:
-        """The node's value is all it leaves behind, and the same each time."""
-        return self.known and not (self.writes or self.writes_all or self.random)
-
-
-@dataclass(frozen=True)
-class EffectTable:
-    """The effects of every node of one graph, and who writes which storage when.
-
-    Attributes:
-        of: each node's effects.
-        position: each node's place in the graph.
-        writers: for each storage, the places of the nodes that write it, in order.
-        barriers: the places of the nodes that may write any.
-        outputs: for each tensor that the graph returns, the storages it may live in.
-        calls: the nodes that run bodies, with each body's own table.
-        takes_gradients: nodes that run autograd, as ``torch.autograd.grad`` does.
-    """
-
-    of: dict[Node, Effects] = field(default_factory=dict)
-    position: dict[Node, int] = field(default_factory=dict)
-    writers: dict[int, list[int]] = field(default_factory=dict)
-    barriers: list[int] = field(default_factory=list)
-    outputs: list[frozenset[int]] = field(default_factory=list)
-    calls: dict[Node, tuple[Call, tuple[EffectTable, ...]]] = field(default_factory=dict)
-    takes_gradients: list[Node] = field(default_factory=list)
-
-    @property
-    def escaping(self) -> frozenset[int]:
-        """Storages that leave the graph."""
-        return frozenset().union(*self.outputs)
-
-    def forget(self, nodes: Iterable[Node]) -> None:
-        """Drop nodes that were erased from what was written."""
-        gone = {self.position[node] for node in nodes}
-        for positions in (self.barriers, *self.writers.values()):
-            positions[:] = [p for p in positions if p not in gone]
-
-    def written(
-        self, storages: frozenset[int], after: float = -1, before: float = float("inf")
-    ) -> bool:
-        """Check whether a node at a position in the open interval writes one of the storages."""
-        return self.writes(storages, after, before) > 0
-
-    def writes(
-        self, storages: frozenset[int], after: float = -1, before: float = float("inf")
-    ) -> int:
-        """How often nodes at positions in the open interval write the storages."""
-        ordered = (self.barriers, *(self.writers.get(s, ()) for s in storages))
-        return sum(max(0, bisect_left(p, before) - bisect_right(p, after)) for p in ordered)
 
 
 def analyze(
@@ -157,6 +74,18 @@ class _Numbers:
         return self.memory[address]
 
 
+class _Kind(enum.Enum):
+    """What a node is, as far as its effects are concerned."""
+
+    INPUT = enum.auto()  # a placeholder or an attribute
+    OUTPUT = enum.auto()
+    SWITCH = enum.auto()  # of a mode
+    MODULE = enum.auto()  # a call of one of torch's own modules
+    FOREIGN = enum.auto()  # code that is not torch's
+    CALL = enum.auto()  # a higher-order op whose operands are followed into its bodies
+    OP = enum.auto()
+
+
 class _Analysis:
     """One graph; ``inputs`` are the storages of its placeholders, None for the outermost graph."""
 
@@ -186,37 +115,74 @@ class _Analysis:
         return table
 
     def _node(self, node: Node) -> Effects:
+        return _HANDLERS[self._kind(node)](self, node)
+
+    def _kind(self, node: Node) -> _Kind:
+        """Tell by what rules the effects of a node are found."""
         if node.op in ("placeholder", "get_attr"):
-            return self._input(node)
-        leaves = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
-        flat = frozenset().union(*leaves)
+            return _Kind.INPUT
         if node.op == "output":
-            self.table.outputs.extend(self._returned(node))
-            return self._effects(flat)
-        if self.modes.enter(node):
-            return self._effects(flat, known=False, writes_all=not is_torch(node))
-        count = len(tensors_in(value_of(node)))
-        every = (flat | {next(self.numbers.fresh)},) * max(1, count)
+            return _Kind.OUTPUT
+        if self.modes.is_switch(node):
+            return _Kind.SWITCH
         if node.op == "call_module" and is_confined(self.gm, node):
-            return self._module(node, flat)
+            return _Kind.MODULE
         if not is_torch(node):
-            found = tuple(value | {self.numbers.anywhere} for value in every)
-            return self._effects(
-                flat, found, writes=flat, random=True, known=False, writes_all=True
-            )
-        call = call_of(self.gm, node)
-        if call is not None and value_of(node) is not None:
-            return self._call(call, flat, count)
-        op = self._op(node)
+            return _Kind.FOREIGN
+        understood = call_of(self.gm, node) is not None and value_of(node) is not None
+        return _Kind.CALL if understood else _Kind.OP
+
+    def _reads(self, node: Node) -> frozenset[int]:
+        """Return the storages of a node's arguments."""
+        return frozenset().union(*(s for a in node.all_input_nodes for s in self.of[a].values))
+
+    def _any_of(self, node: Node, storages: frozenset[int]) -> tuple[frozenset[int], ...]:
+        """Say of each tensor in a node's value that it lives in new memory or in some storages."""
+        count = max(1, len(tensors_in(value_of(node))))
+        return (storages | {next(self.numbers.fresh)},) * count
+
+    def _output(self, node: Node) -> Effects:
+        self.table.outputs.extend(self._returned(node))
+        return self._effects(self._reads(node))
+
+    def _switch(self, node: Node) -> Effects:
+        self.modes.enter(node)
+        return self._effects(self._reads(node), known=False, writes_all=not is_torch(node))
+
+    def _foreign(self, node: Node) -> Effects:
+        """Return the worst: code that is not torch's may reach any memory."""
+        reads = self._reads(node)
+        values = self._any_of(node, reads | {self.numbers.anywhere})
+        return self._effects(reads, values, writes=reads, random=True, known=False, writes_all=True)
+
+    def _module(self, node: Node) -> Effects:
+        """Return the worst a module of torch's can do: to its arguments and its own tensors."""
+        module: Any = attribute_of(self.gm, node)
+        own = frozenset(map(self.numbers.of, (*module.parameters(), *module.buffers())))
+        reach = self._reads(node) | own
+        values = self._any_of(node, reach)
+        return self._effects(reach, values, writes=reach, random=True, known=False, raises=True)
+
+    def _op(self, node: Node) -> Effects:
+        """Return what a run on fake tensors showed, or the worst that is not ruled out."""
+        reads, op = self._reads(node), self._observed(node)
+        every = self._any_of(node, reads)
         if not op.known and writes_nothing(node):
-            values = every if may_alias(node) else (every[0] - flat,) * len(every)
-            return self._effects(flat, values, random=True, known=False, raises=True)
+            values = every if may_alias(node) else (every[0] - reads,) * len(every)
+            return self._effects(reads, values, random=True, known=False, raises=True)
         if op.moves_memory:
             for arg in node.all_input_nodes:
-                values = tuple(value | flat for value in self.of[arg].values)
+                values = tuple(value | reads for value in self.of[arg].values)
                 self.of[arg] = replace(self.of[arg], values=values)
-        if not op.known or len(op.outputs) != count:
-            return self._effects(flat, every, writes=flat, random=True, known=False, raises=True)
+        if not op.known or len(op.outputs) != len(tensors_in(value_of(node))):
+            return self._effects(reads, every, writes=reads, random=True, known=False, raises=True)
+        leaves = [leaf for arg in node.all_input_nodes for leaf in self.of[arg].values]
+        writes = frozenset().union(*(leaves[i] for i in op.writes))
+        values = self._values(op, leaves)
+        return self._effects(reads, values, writes, random=op.random, raises=op.raises)
+
+    def _values(self, op: OpEffects, leaves: list[frozenset[int]]) -> tuple[frozenset[int], ...]:
+        """Return where the results of an op live, whose arguments live in ``leaves``."""
         tokens: dict[int | None, int] = {}
         owned = []
         for aliases, fresh in op.outputs:
@@ -224,21 +190,7 @@ class _Analysis:
                 tokens[fresh] = next(self.numbers.fresh)
             own = {tokens[fresh]} if fresh is not None else set()
             owned.append(frozenset().union(own, *(leaves[i] for i in aliases)))
-        writes = frozenset().union(*(leaves[i] for i in op.writes))
-        return self._effects(flat, tuple(owned), writes, random=op.random, raises=op.raises)
-
-    def _module(self, node: Node, flat: frozenset[int]) -> Effects:
-        """Return the worst that a module of torch's can do: to its arguments and to its own
-        tensors.
-        """
-        module: Any = attribute_of(self.gm, node)
-        own = frozenset(map(self.numbers.of, (*module.parameters(), *module.buffers())))
-        values = (flat | own | {next(self.numbers.fresh)},) * max(
-            1, len(tensors_in(value_of(node)))
-        )
-        return self._effects(
-            flat | own, values, writes=flat | own, random=True, known=False, raises=True
-        )
+        return tuple(owned)
 
     def _effects(
         self,
@@ -276,25 +228,18 @@ class _Analysis:
             if isinstance(leaf, Node):
                 yield from self.of[leaf].values
 
-    def _op(self, node: Node) -> OpEffects:
+    def _observed(self, node: Node) -> OpEffects:
         if isinstance(node.target, HigherOrderOperator):
             return self._higher_order(node)
         return self.numbers.ops.effects(node)
 
-    def _call(self, call: Call, flat: frozenset[int], count: int) -> Effects:
+    def _call(self, node: Node) -> Effects:
         """Return the effects of the bodies, on the operands they are given."""
-        first_inside = next(self.numbers.fresh)
-        tables = []
-        for body in call.bodies:
-            varying = [self._storages(v) | {next(self.numbers.fresh)} for v in call.varying]
-            inputs = varying + [self._storages(v) for v in call.operands]
-            modes = self.modes.fork()
-            if call.op == "wrap_with_set_grad_enabled":
-                modes.set_grad(call.node.args[0])
-            elif call.op == "wrap_with_autocast":
-                modes.set_autocast(*call.node.args[:3])
-            tables.append(_Analysis(body.module, modes, self.numbers, inputs).run())
-        self.table.calls[call.node] = (call, tuple(tables))
+        call = call_of(self.gm, node)
+        assert call is not None  # or it is of another kind
+        first_inside, count = next(self.numbers.fresh), len(tensors_in(value_of(node)))
+        tables = [self._body(call, body) for body in call.bodies]
+        self.table.calls[node] = (call, tuple(tables))
         inside = [e for table in tables for e in table.of.values()]
 
         def outside(storages: Iterable[int]) -> frozenset[int]:
@@ -311,7 +256,7 @@ class _Analysis:
             values = (frozenset().union(*(t.escaping for t in tables)),) * count
         own = [frozenset({next(self.numbers.fresh)}) for _ in range(count)]
         return self._effects(
-            flat | outside(s for e in inside for s in e.reads),
+            self._reads(node) | outside(s for e in inside for s in e.reads),
             tuple(v | o for v, o in zip(values, own, strict=True)),
             outside(s for e in inside for s in e.writes),
             random=any(e.random for e in inside),
@@ -319,6 +264,17 @@ class _Analysis:
             writes_all=any(table.barriers for table in tables),
             raises=any(e.raises for e in inside),
         )
+
+    def _body(self, call: Call, body: Body) -> EffectTable:
+        """Return the effects in a body of a call."""
+        varying = [self._storages(v) | {next(self.numbers.fresh)} for v in call.varying]
+        inputs = varying + [self._storages(v) for v in call.operands]
+        modes = self.modes.fork()
+        if call.op == "wrap_with_set_grad_enabled":
+            modes.set_grad(call.node.args[0])
+        elif call.op == "wrap_with_autocast":
+            modes.set_autocast(*call.node.args[:3])
+        return _Analysis(body.module, modes, self.numbers, inputs).run()
 
     def _storages(self, operand: Any) -> frozenset[int]:
         return self.of[operand].storages if isinstance(operand, Node) else frozenset()
@@ -357,6 +313,17 @@ class _Analysis:
             outputs,
             raises=any(e.raises for e in effects),
         )
+
+
+_HANDLERS: dict[_Kind, Callable[[_Analysis, Node], Effects]] = {
+    _Kind.INPUT: _Analysis._input,
+    _Kind.OUTPUT: _Analysis._output,
+    _Kind.SWITCH: _Analysis._switch,
+    _Kind.MODULE: _Analysis._module,
+    _Kind.FOREIGN: _Analysis._foreign,
+    _Kind.CALL: _Analysis._call,
+    _Kind.OP: _Analysis._op,
+}
 
 
 def _takes_gradients(node: Node) -> bool:

@@ -92,10 +92,12 @@ class ModeStack:
             tuple(entry for entry in self._entered if entry[0] != "_enter_autocast"),
         )
 
-    def enter(self, node: Node) -> bool:
-        """Take a mode switch; False if the node is none."""
-        if not _is_switch(node, self._taken):
-            return False
+    def is_switch(self, node: Node) -> bool:
+        """Check whether a node switches a mode, after those that were entered."""
+        return _is_switch(node, self._taken)
+
+    def enter(self, node: Node) -> None:
+        """Follow a mode switch."""
         self._taken.add(node)
         name = getattr(node.target, "__name__", str(node.target))
         if name == "_set_grad_enabled":
@@ -113,7 +115,6 @@ class ModeStack:
                 self._put_back(*before)  # type: ignore[misc]
         elif name not in _NEUTRAL:
             self._base = next(self._fresh)
-        return True
 
     def set_grad(self, mode: object) -> None:
         """The grad mode becomes what a literal names, or what it was where it was asked for."""

@@ -11,7 +11,7 @@ they are left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
@@ -19,12 +19,12 @@ from fxparam.graph.analysis.bodies import is_run_by_itself
 from fxparam.graph.analysis.derived import derive, is_parameter
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import Evaluation, all_evaluations, evaluations
-from fxparam.graph.analysis.nesting import levels_of
+from fxparam.graph.analysis.nesting import Level, levels_of
 from fxparam.graph.analysis.nodes import body_of
 from fxparam.graph.passes.copy_aliases import copy_aliases
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
 from fxparam.graph.passes.move_out import Motion, move_out
-from fxparam.graph.passes.share import share
+from fxparam.graph.passes.share import Sharing, share
 from fxparam.graph.passes.share_regions import check_regions, share_regions
 from fxparam.graph.report import Report, make_report
 from fxparam.graph.rules import Rule
@@ -72,47 +72,98 @@ def hoist(
     if not _may_share(gm):
         found = evaluations(gm.graph)
         return HoistResult(gm, make_report(found, found, {}, {}, 0), False)
-    merged, moved = 0, Motion()
-    before: list[Evaluation] | None = None
-    changed: set[GraphModule] = set()
-    while True:
-        levels = levels_of(gm, analyze(gm, grad_enabled=grad_enabled, autocast_now=autocast_now))
-        if before is None:
-            before = all_evaluations(levels)
-        in_regions = {level.gm: len(share_regions(level)) for level in levels}
-        if any(in_regions.values()):
+    rounds = _Rounds(gm, grad_enabled, autocast_now, max_bytes)
+    while rounds.run_one():
+        pass
+    return rounds.finish()
+
+
+@dataclass
+class _Account:
+    """What the rounds did, for the report.
+
+    Attributes:
+        before: the evaluations of the graph as it was captured.
+        merged: operations that use another's value, and values that left a body.
+        origins: for each parametrized tensor, the calls it was moved out of: op and iterations.
+        refusals: of the last round, the nodes that were not shared or not moved, and why.
+        changed: the graphs and bodies that changed.
+    """
+
+    before: list[Evaluation]
+    merged: int = 0
+    origins: dict[str, dict[Node, tuple[str, int | None]]] = field(default_factory=dict)
+    refusals: dict[Node, Rule] = field(default_factory=dict)
+    changed: set[GraphModule] = field(default_factory=set)
+
+    def add_regions(self, taken_out: dict[Level, int]) -> None:
+        """Add evaluations that were taken out of ``cached()`` regions, counted in operations."""
+        self.merged += sum(taken_out.values())
+        self.changed |= {level.gm for level, count in taken_out.items() if count}
+
+    def add(self, sharing: dict[Level, Sharing], motion: Motion) -> None:
+        """Add what a round shared and moved."""
+        self.merged += motion.values + sum(len(each.merged) for each in sharing.values())
+        for name, calls in motion.origins.items():
+            self.origins.setdefault(name, {}).update(calls)
+        self.changed |= {s.gm for s in sharing if motion.changed or sharing[s].merged}
+        self.refusals = dict(motion.refusals)
+        for each in sharing.values():
+            self.refusals.update(each.refusals)
+
+
+class _Rounds:
+    """The rounds over one graph and its bodies."""
+
+    def __init__(
+        self, gm: GraphModule, grad_enabled: bool | None, autocast_now: bool, max_bytes: float
+    ) -> None:
+        self._gm, self._max_bytes = gm, max_bytes
+        self._modes = {"grad_enabled": grad_enabled, "autocast_now": autocast_now}
+        self._levels = self._look()
+        self._account = _Account(all_evaluations(self._levels))
+
+    def _look(self) -> list[Level]:
+        """Return every graph, with its effects as they are now."""
+        return levels_of(self._gm, analyze(self._gm, **self._modes))  # type: ignore[arg-type]
+
+    def run_one(self) -> bool:
+        """Share and move values once; check whether another round may find more."""
+        taken_out = {level: len(share_regions(level)) for level in self._levels}
+        if any(taken_out.values()):
+            self._account.add_regions(taken_out)
+            self._levels = self._look()
             # What is left of a region leaves the graph, and is written, where any of it did.
-            merged += sum(in_regions.values())
-            changed |= {module for module, count in in_regions.items() if count}
-            continue
-        shared = {level: share(level, max_bytes) for level in levels}
-        step = move_out(levels, shared, max_bytes)
-        moves = step.values or step.operands
-        repeated = sum(len(each.merged) for each in shared.values())
-        merged += repeated
-        changed |= {level.gm for level in levels if moves or shared[level].merged}
-        for name, calls in step.origins.items():
-            moved.origins.setdefault(name, {}).update(calls)
-        moved.values += step.values
-        if not (moves or (repeated and len(levels) > 1)):
-            break
-    check_regions(levels)
-    for level in levels:
-        if level.gm in changed:
-            drop_idle_switches(level.gm, level.tables)
-    if changed:
-        changed |= copy_aliases(levels)
-        lay_gradients_out_alike(levels, changed)
-    refusals: dict[Node, Rule] = dict(step.refusals)
-    for result in shared.values():
-        refusals.update(result.refusals)
-    after = all_evaluations([level for level in levels if level.runs != 0])
-    report = make_report(before, after, refusals, moved.origins, merged + moved.values)
-    for module in changed:
-        module.graph.lint()
-        module.recompile()
-    nodes = [node for level in levels for node in level.gm.graph.nodes]
-    return HoistResult(gm, report, bool(changed), any(map(is_run_by_itself, nodes)))
+            return True
+        sharing = {level: share(level, self._max_bytes) for level in self._levels}
+        motion = move_out(self._levels, sharing, self._max_bytes)
+        self._account.add(sharing, motion)
+        repeated = any(each.merged for each in sharing.values())
+        if motion.changed or (repeated and len(self._levels) > 1):
+            self._levels = self._look()
+            return True
+        return False
+
+    def finish(self) -> HoistResult:
+        """Check and tidy the graphs, and report."""
+        levels, account = self._levels, self._account
+        check_regions(levels)
+        for level in levels:
+            if level.gm in account.changed:
+                drop_idle_switches(level.gm, level.tables)
+        if account.changed:
+            account.changed |= copy_aliases(levels)
+            lay_gradients_out_alike(levels, account.changed)
+        for module in account.changed:
+            module.graph.lint()
+            module.recompile()
+        after = all_evaluations([level for level in levels if level.runs != 0])
+        report = make_report(
+            account.before, after, account.refusals, account.origins, account.merged
+        )
+        nodes = (node for level in levels for node in level.gm.graph.nodes)
+        has_bodies = any(map(is_run_by_itself, nodes))
+        return HoistResult(self._gm, report, bool(account.changed), has_bodies)
 
 
 def _may_share(gm: GraphModule) -> bool:

@@ -64,6 +64,11 @@ class Motion:
     refusals: dict[Node, Rule] = field(default_factory=dict)
     origins: dict[str, dict[Node, tuple[str, int | None]]] = field(default_factory=dict)
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything moved."""
+        return self.values + self.operands > 0
+
 
 def move_out(levels: list[Level], shared: dict[Level, Sharing], max_bytes: float) -> Motion:
     """One step of code motion, in every graph that has calls."""
