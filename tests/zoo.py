@@ -171,3 +171,13 @@ def everything(module: nn.Module, *others: nn.Module) -> list[Any]:
             seen += [shown.data_ptr(), shown.tolist()]
         seen += list(root.state_dict())
     return seen
+
+
+def build(api: Any) -> nn.Module:
+    """Return a model with parametrized parameters and a parametrized buffer, made by ``api``."""
+    model = nn.Sequential(nn.Linear(3, 3), WithBuffer(torch.ones(2), persistent=False))
+    api.register_parametrization(model[0], "weight", Symmetric())
+    api.register_parametrization(model[0], "weight", Scaled())
+    api.register_parametrization(model[0], "bias", Sum(3))
+    api.register_parametrization(model[1], "table", Double())
+    return model

@@ -1,0 +1,1 @@
+"""Parametrized tensors in eager code: registered, read, removed, pickled."""

@@ -1,0 +1,1 @@
+"""Symbolic tracing: graphs over a model's own tensors, with parametrizations inlined."""

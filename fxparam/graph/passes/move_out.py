@@ -12,7 +12,6 @@ moves instead.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,29 +21,20 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.bodies import Call
-from fxparam.graph.analysis.effects import EffectTable
-from fxparam.graph.analysis.gradients import reached_by_gradients
-from fxparam.graph.analysis.nesting import Context, Level, is_run_again
+from fxparam.graph.analysis.nesting import Context, Level
 from fxparam.graph.analysis.nodes import ancestors, attribute_of, meta_with, owner, value_of
 from fxparam.graph.passes.checkpoint_policy import is_recomputed, recompute_as_before
+from fxparam.graph.passes.invariants import entering, invariants_of
 from fxparam.graph.passes.operands import drop_operands, merge_operands, used_operands
 from fxparam.graph.passes.share import Sharing, erase_unused
 from fxparam.graph.passes.share_regions import marked_evaluations
 from fxparam.graph.passes.sites import Candidates, Sites
 from fxparam.graph.rules import (
     Rule,
-    has_a_gradient_on_every_path,
-    is_its_gradient_summed_in_reduced_precision,
-    is_too_large,
-    obstacle,
-    runs_whenever_the_call_does,
 )
 from fxparam.graph.torch_bugs.branch_gradients import with_gradient_laid_out_alike
 from fxparam.marks import (
     distinguish,
-    evaluation_marks,
-    is_for_a_region_around,
-    region_mark,
 )
 
 __all__ = ["Motion", "move_out"]
@@ -78,7 +68,9 @@ def move_out(levels: list[Level], shared: dict[Level, Sharing], max_bytes: float
         moved.operands += merge_operands(_calls(group))
     sites = {level: Sites(shared[level]) for level in levels}
     marked = Counter(e.shared_by for s in levels for e in marked_evaluations(s.gm))
-    movable = [[_movable(level, marked, moved) for level in group] for group in groups]
+    movable = [
+        [invariants_of(level, marked, moved.refusals) for level in group] for group in groups
+    ]
     for bodies in movable:
         for body in bodies:
             for context in body.level.live:
@@ -115,58 +107,6 @@ def _calls(group: list[Level]) -> list[Context]:
     return list({context.call.node: context for context in group[0].live}.values())
 
 
-def _movable(level: Level, marked: Mapping[tuple[str, str], int], moved: Motion) -> Candidates:
-    reached = (reached_by_gradients(level.gm.graph, table) for table in level.tables)
-    found = Candidates(level, differentiated=set().union(*reached))
-    varying = len(level.live[0].call.varying)
-    placeholders = [node for node in level.gm.graph.nodes if node.op == "placeholder"]
-    found.invariant = set(placeholders[varying:])
-    derived = level.derived
-    for node in level.gm.graph.nodes:
-        if node not in level.tables[0].of:
-            continue  # came out of a body in this step; it may go on in the next
-        if node.op == "get_attr":
-            found.invariant.add(node)
-        if node not in derived.candidates and node not in derived.constants:
-            continue
-        if not all(n in found.invariant or n in found.nodes for n in node.all_input_nodes):
-            continue
-        why = [
-            obstacle(
-                context.around,
-                context.call.node,
-                _from(context.inner, context.index),
-                node,
-                asked_for=_is_asked_for(context, node),
-            )
-            for context in level.live
-        ]
-        refused = next((rule for rule in why if rule is not None), None)
-        if refused is None:
-            found.nodes[node] = None
-            if any(marked[m.region, m.chain] > 1 for m in evaluation_marks(node)):
-                found.evaluated_again.add(node)
-        elif node in derived.candidates:
-            moved.refusals[node] = refused
-    return found
-
-
-def _is_asked_for(context: Context, node: Node) -> bool:
-    """Check whether a ``cached()`` region around the call evaluates once, whenever the call is run.
-
-    Not so in a branch: one that is not taken evaluates nothing, and a backward that is not additive
-    may make a gradient out of none.
-    """
-    marks = evaluation_marks(node)
-    if not marks or marks[0].region != region_mark(context.call.node):
-        return False
-    return context.call.bodies[context.index].always
-
-
-def _from(tables: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-    return (tables[index], *tables[:index], *tables[index + 1 :])
-
-
 def _move_group(
     group: list[Candidates],
     sites: Mapping[Level, Sites],
@@ -176,7 +116,7 @@ def _move_group(
     """Move values out of the bodies of one call, or of several calls of the same bodies."""
     crossing: dict[Hashable, list[tuple[int, Node]]] = defaultdict(list)
     for index, body in enumerate(group):
-        for node in _crossing(body, sites, moved, max_bytes):
+        for node in entering(body, sites, moved.refusals, max_bytes):
             # One operand for one value, in whichever body it is read.
             number = tuple(numbers[node] for numbers in body.numbers)
             crossing[number].append((index, node))
@@ -217,134 +157,6 @@ def _detached(copies: dict[Node, Any], places: list[tuple[int, Node]]) -> Node:
         operand = value.graph.call_method("detach", (value,))
     operand.meta = meta_with(value, value_of(value).detach())
     return operand
-
-
-def _crossing(
-    body: Candidates,
-    sites: Mapping[Level, Sites],
-    moved: Motion,
-    max_bytes: float,
-) -> list[Node]:
-    """Return the values that enter the body as operands."""
-    while True:
-        found = _read_by_the_rest(body, sites, moved, max_bytes)
-        late = _drawn_out_of_turn(body, found)
-        if not late:
-            return found
-        for node in list(body.nodes):
-            if node in late or not late.isdisjoint(node.all_input_nodes):
-                late.add(node)
-                del body.nodes[node]
-
-
-def _drawn_out_of_turn(body: Candidates, found: list[Node]) -> set[Node]:
-    """Nodes that would draw random numbers before some that are drawn first, and stay."""
-    moving = ancestors(found, lambda node: node in body.nodes)
-    table, late, in_turn = body.level.tables[0], set(), True
-    for node in body.level.gm.graph.nodes:
-        if node in table.of and table.of[node].random:
-            in_turn &= node in moving
-            if node in moving and not in_turn:
-                late.add(node)
-    return late
-
-
-def _read_by_the_rest(
-    body: Candidates,
-    sites: Mapping[Level, Sites],
-    moved: Motion,
-    max_bytes: float,
-) -> list[Node]:
-    """Return the values that what stays in the body reads."""
-    found: dict[Node, None] = {}
-    seen: set[Node] = set()
-    raising = [
-        _raising(body, context, numbers, sites[context.parent])
-        for context, numbers in zip(body.level.live, body.numbers, strict=True)
-    ]
-
-    def require(node: Node) -> None:
-        if node in seen or node not in body.nodes:
-            return
-        seen.add(node)
-        refused = _stays_inside(body, node, sites, raising, max_bytes)
-        if refused is None:
-            found[node] = None
-            return
-        if isinstance(refused, Rule) and node in body.level.derived.candidates:
-            moved.refusals[node] = refused
-        for argument in node.all_input_nodes:
-            require(argument)
-
-    for node in body.level.gm.graph.nodes:
-        if node not in body.nodes:
-            for argument in node.all_input_nodes:
-                require(argument)
-    return list(found)
-
-
-def _raising(
-    body: Candidates, context: Context, numbers: Mapping[Node, Hashable], around: Sites
-) -> set[Node]:
-    """Nodes that may raise, or are computed from what may, and are not evaluated anyway."""
-    found: set[Node] = set()
-    effects = context.inner[context.index].of
-    for node in body.nodes:
-        if not around.is_outside(numbers[node]) and (
-            effects[node].raises or not found.isdisjoint(node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
-
-
-def _stays_inside(
-    body: Candidates,
-    node: Node,
-    sites: Mapping[Level, Sites],
-    raising: list[set[Node]],
-    max_bytes: float,
-) -> Rule | bool | None:
-    """Why a value that could be made before the call is made in the body, None if it is not."""
-    level, derived = body.level, body.level.derived
-    if node not in derived.candidates or not isinstance(value_of(node), torch.Tensor):
-        return True  # a number, a tuple
-    if node in derived.constants:
-        return True  # goes where what is computed from it goes
-    if _is_view(level.tables[0], node):
-        return True
-    repeated = node in body.evaluated_again
-    for context, numbers, raises in zip(level.live, body.numbers, raising, strict=True):
-        number, around = numbers[node], sites[context.parent]
-        if not runs_whenever_the_call_does(
-            raises=node in raises,
-            always=context.call.bodies[context.index].always,
-            branch=context.call.branches,
-            on_every_path=around.is_outside(number) or around.on_every_path(number, context),
-        ):
-            return Rule.MAY_NOT_RUN
-        if (
-            context.call.branches
-            and value_of(node).requires_grad
-            and not has_a_gradient_on_every_path(
-                around.gradients(number, context),
-                outside=around.has_a_gradient_outside(number, context),
-            )
-        ):
-            return Rule.NO_GRADIENT
-        if context.call.loops and is_its_gradient_summed_in_reduced_precision(node):
-            return Rule.REDUCED
-        repeated |= around.is_repeated(number)
-    if not (repeated or is_run_again(level, [node]) or is_for_a_region_around(node)):
-        return Rule.ONE_USE
-    return Rule.TOO_LARGE if is_too_large(node, max_bytes) else None
-
-
-def _is_view(table: EffectTable, node: Node) -> bool:
-    """Whether the value shows memory of an input of its op, or of the op it is one result of."""
-    op = node.args[0] if node.target is operator.getitem else node
-    if not isinstance(op, Node) or isinstance(value_of(op), torch.Tensor):
-        op = node
-    return bool(table.of[node].storages & table.of[op].reads)
 
 
 def _copy_before(

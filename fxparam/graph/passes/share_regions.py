@@ -13,9 +13,10 @@ drawn in front of the loop (``motion``).
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
@@ -83,6 +84,22 @@ def share_regions(level: Level) -> set[Node]:
     return set(run.replaced)
 
 
+class _Likeness(enum.Enum):
+    """How a later evaluation compares with an earlier one of the same tensor."""
+
+    SAME = enum.auto()
+    OTHER_ORIGINALS = enum.auto()
+    DIFFERENT = enum.auto()
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A likeness and, where it is SAME, for each later node the earlier one that did the same."""
+
+    likeness: _Likeness
+    matches: dict[Node, Node] = field(default_factory=dict)
+
+
 class _Run:
     """The eager region's course through one graph, evaluation after evaluation."""
 
@@ -128,8 +145,7 @@ class _Run:
     def _found(
         self, groups: list[list[MarkedEvaluation]], again: MarkedEvaluation
     ) -> tuple[list[MarkedEvaluation], dict[Node, Node]] | None:
-        """Return the evaluation whose value the eager region would hand out, and what stands for
-        what.
+        """Return the evaluation whose value the eager region would give, and the matching nodes.
 
         It keeps one value for the same originals and modes, the last one. With that evaluation
         come those that have its value already.
@@ -142,25 +158,20 @@ class _Run:
                 if _inputs(first) & _inputs(again):
                     return None
                 continue
-            matches, of_others = self._matches(first, again)
-            if of_others:
+            compared = self._compare(first, again)
+            if compared.likeness is _Likeness.OTHER_ORIGINALS:
                 continue
-            if matches and not any(is_written(t, group, again) for t in self.level.tables):
-                return group, matches
+            written = any(is_written(t, group, again) for t in self.level.tables)
+            if compared.likeness is _Likeness.SAME and not written:
+                return group, compared.matches
             return None
         return None
 
-    def _matches(
-        self, first: MarkedEvaluation, again: MarkedEvaluation
-    ) -> tuple[dict[Node, Node], bool]:
-        """For each node of the later evaluation the one of the first that did the same.
+    def _compare(self, first: MarkedEvaluation, again: MarkedEvaluation) -> _Comparison:
+        """Compare a later evaluation with the first, node by node.
 
         Dynamo has dropped nodes of either that nobody used: those of the later one that are not
         among the first's stay as they are.
-
-        Returns:
-            Nothing if the two did not do the same; and whether they are evaluations of other
-            originals.
         """
         matches: dict[Node, Node] = {}
         rest = list(first.nodes)
@@ -173,11 +184,13 @@ class _Run:
                 matches[other] = one
                 rest = rest[rest.index(one) + 1 :]
             elif any(self._has_other_originals(n, other, first, again, matches) for n in alike):
-                return {}, True
+                return _Comparison(_Likeness.OTHER_ORIGINALS)
             elif other in self.once:
-                return {}, False
+                return _Comparison(_Likeness.DIFFERENT)
         missed = self.once.intersection(first.nodes) - {*matches.values()}
-        return ({} if missed else matches), False
+        if missed or not matches:
+            return _Comparison(_Likeness.DIFFERENT)
+        return _Comparison(_Likeness.SAME, matches)
 
     def _is_alike(self, one: Node, other: Node) -> bool:
         return self.traced[one][0] == self.traced[other][0] and (
@@ -185,9 +198,7 @@ class _Run:
         )
 
     def _same(self, a: Node, b: Node, first: MarkedEvaluation, matches: dict[Node, Node]) -> bool:
-        """Check whether an input of the later evaluation is that of the first, or what the first
-        put in
-        its place."""
+        """Check whether an input of the later evaluation is the first's, or what replaced it."""
         if self._now(b) is self._now(a) or matches.get(b) is a:
             return True
         left_behind = a not in first.nodes and self._now(b) in first.nodes

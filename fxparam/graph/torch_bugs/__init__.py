@@ -1,0 +1,1 @@
+"""Rewrites that are there because torch errs: one a file."""

@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as torch_map
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import fxparam
 from tests import helpers, zoo
-from tests.test_export import pytestmark, runs_equal, saved_and_loaded  # noqa: F401
+from tests.exporting import programs
+from tests.exporting.programs import (
+    Cell,
+    counting,
+    counts_itself,
+    ours,
+    random_mask,
+    runs_equal,
+    saved_and_loaded,
+    x_of,
+)
+
+pytestmark = programs.IGNORED
 
 Layer = Callable[[nn.Linear], Any]
 
@@ -326,3 +338,134 @@ def test_nothing_is_left_of_modules_with_two_names(kind: Any, strict: bool) -> N
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     assert all(name.rpartition(".")[0] in names for name in held)
     assert not any(".parametrizations." in name for name in held)
+
+
+FOLDED = ["cell.bias_hh", "cell.bias_ih", "cell.weight_hh", "cell.weight_ih"]
+
+
+@pytest.mark.parametrize("made_by", ["fxparam", "torch", "torch strict", "loaded", "decomposed"])
+@pytest.mark.parametrize("wrap", [counting, ours, orthogonal, spectral_norm, weight_norm])
+def test_folded(wrap: Any, made_by: str) -> None:
+    model = Cell(wrap).eval()
+    x = x_of()
+    if made_by == "fxparam":
+        folded = fxparam.export(model, (x,), fold=True)
+    else:
+        program = torch.export.export(model, (x,), strict=made_by == "torch strict")
+        if made_by == "loaded":
+            program = saved_and_loaded(program)
+        if made_by == "decomposed":
+            program = program.run_decompositions()
+        before = str(program)
+        folded = fxparam.fold(program)
+        assert str(program) == before
+    assert sorted(folded.state_dict) == FOLDED
+    targets = [s.target for s in folded.graph_signature.input_specs if s.target]
+    assert sorted(targets) == FOLDED
+    assert "parametrizations" not in str(folded.graph_module.code)
+    assert not any("parametrizations" in e.fqn for e in folded.module_call_graph)
+    torch.testing.assert_close(folded.state_dict["cell.weight_hh"], model.cell.weight_hh)
+    for each in (
+        folded,
+        saved_and_loaded(folded),
+        folded.run_decompositions(),
+        fxparam.fold(folded),
+    ):
+        runs_equal(each, model, x)
+    assert helpers.counted(lambda: folded.module()(x))[0] == 0
+
+
+def test_folding_reads_the_programs_tensors() -> None:
+    model = Cell(orthogonal).eval()
+    program = fxparam.export(model, (x_of(),))
+    other = Cell(orthogonal).eval()
+    for name, tensor in other.state_dict().items():
+        program.state_dict[name] = (
+            nn.Parameter(tensor) if name in dict(other.named_parameters()) else tensor
+        )
+    runs_equal(fxparam.fold(program), other, x_of())
+
+
+@pytest.mark.parametrize("wrap", [random_mask, spectral_norm, counts_itself])
+def test_folding_what_has_effects_is_refused(wrap: Any) -> None:
+    model = Cell(wrap)
+    for call in (
+        lambda: fxparam.export(model, (x_of(),), fold=True),
+        lambda: fxparam.fold(torch.export.export(model, (x_of(),), strict=True)),
+    ):
+        with pytest.raises(ValueError, match=r"cell\.weight_hh"):
+            call()
+
+
+def test_folding_without_parametrizations_changes_nothing() -> None:
+    program = torch.export.export(nn.Linear(4, 2, dtype=torch.float64), (x_of(),))
+    folded = fxparam.fold(program)
+    assert str(folded.graph) == str(program.graph)
+    assert folded.graph_signature == program.graph_signature
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_folding_a_value_that_the_program_returns(twice: bool) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = weight_norm(nn.Linear(3, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            weights = [self.cell.weight, self.cell.weight] if twice else [self.cell.weight]
+            return {"weights": weights, "y": self.cell(x), "rows": x.shape[0], "one": 1}
+
+    model, x = Returns(), torch.randn(4, 3)
+    shapes = ({0: torch.export.Dim("rows")},)
+    for program in (
+        fxparam.export(model, (x,), dynamic_shapes=shapes, fold=True),
+        fxparam.fold(torch.export.export(model, (x,), dynamic_shapes=shapes)),
+    ):
+        assert list(program.state_dict) == ["cell.bias", "cell.weight"]
+        torch.testing.assert_close(program.module()(x[:2]), model(x[:2]))
+
+
+def test_folding_under_no_grad_in_the_model() -> None:
+    class Frozen(Cell):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = super().forward(x)
+            return super().forward(x)
+
+    model = Frozen(orthogonal).eval()
+    folded = fxparam.export(model, (x_of(),), fold=True)
+    assert sorted(folded.state_dict) == FOLDED
+    runs_equal(folded, model, x_of())
+
+
+def test_folding_keeps_an_original_that_is_read_elsewhere() -> None:
+    class Penalized(Cell):
+        def forward(self, x: Tensor) -> Any:
+            penalty = self.cell.parametrizations.weight_hh.original.mul(x.sum()).sum()
+            return super().forward(x), penalty
+
+    model = Penalized(orthogonal).eval()
+    folded = fxparam.export(model, (x_of(),), fold=True)
+    assert "cell.parametrizations.weight_hh.original" in folded.state_dict
+    runs_equal(folded, model, x_of())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_folding_what_only_a_branch_evaluates_is_refused(strict: bool) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = weight_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.cell(x), lambda x: x.sin(), (x,))
+
+    with pytest.raises(ValueError, match="cell.weight: the body of a loop or branch evaluates it"):
+        fxparam.export(Branch(), (torch.ones(2, 4),), fold=True, strict=strict)
+
+
+def test_folding_a_decomposed_program_that_writes_is_refused() -> None:
+    layer = spectral_norm(nn.Linear(4, 4))
+    program = torch.export.export(layer, (torch.ones(2, 4),)).run_decompositions()
+    with pytest.raises(ValueError, match="found: weight: the evaluation writes"):
+        fxparam.fold(program)

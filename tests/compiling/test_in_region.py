@@ -19,9 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxparam
 import fxparam.parametrize as ours
-from tests import helpers
-from tests import test_cached_static as static
-from tests.test_cached_static import WRAPS, Model
+from tests import helpers, regions
+from tests.regions import WRAPS, Model
 
 
 @pytest.fixture(autouse=True)
@@ -179,11 +178,11 @@ TRAINED = [
     _in_autocast,
     _other_originals,
     _in_a_gradient,
-    *static.BODIES,
+    *regions.BODIES,
 ]
 # Of what was written, eager code can take no gradient.
 NOT_TRAINED = [_original_written, _original_written_first, _value_written, _its_shape_alone]
-WRITING = {static._original_written, static._value_of_a_later_read_written}
+WRITING = {regions.original_written, regions.value_of_a_later_read_written}
 
 
 def _equal(
@@ -196,8 +195,8 @@ def _equal(
     """Two steps in a region of two calls each: what eager code does."""
     twin = copy.deepcopy(model) if twin is None else twin
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), **options)
-    expected = list(static._steps(model, _in_a_region(model), X))
-    actual = list(static._steps(twin, _in_a_region(compiled), X))
+    expected = list(regions.steps(model, _in_a_region(model), X))
+    actual = list(regions.steps(twin, _in_a_region(compiled), X))
     for a, b in zip(actual, expected, strict=True):
         # The numbers drawn for what is computed are those of the inner backend.
         for i in [-1] if drawn else range(len(b)):
@@ -349,7 +348,7 @@ def test_parts_that_are_read_by_themselves(wrap: str) -> None:
     _equal(made(), {}, twin=made())
 
 
-@pytest.mark.parametrize("kind", [static.Scheduled, static.Initialized])
+@pytest.mark.parametrize("kind", [regions.Scheduled, regions.Initialized])
 @pytest.mark.parametrize("body", [_once, _often, _in_several_graphs])
 def test_evaluations_that_change_attributes(body: Callable[..., Any], kind: Any) -> None:
     model = Model("pure", body)
@@ -397,8 +396,8 @@ def test_by_inductor() -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="fxparam")
     for a, b in zip(
-        static._steps(twin, _in_a_region(compiled), X),
-        static._steps(model, _in_a_region(model), X),
+        regions.steps(twin, _in_a_region(compiled), X),
+        regions.steps(model, _in_a_region(model), X),
         strict=True,
     ):
         assert_close(a[:-1], b[:-1], rtol=1e-9, atol=1e-9)
@@ -549,8 +548,8 @@ def _evaluated_by_itself(cell: nn.Module, x: Tensor) -> Tensor:
         (Difference, _exchanged_originals),
         (Buffers, _a_buffer_for_a_while),
         (Buffers, _exchanged_buffers),
-        (static.Assigning, _evaluated_by_itself),
-        (static.Iterating, _under_a_device),
+        (regions.Assigning, _evaluated_by_itself),
+        (regions.Iterating, _under_a_device),
         (Enclosed, _a_variable_of_a_function),
         (Reaching, _exchanged_parametrizations),
     ],

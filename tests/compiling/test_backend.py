@@ -328,20 +328,3 @@ def test_a_parametrization_that_raises_midway_raises_as_in_eager() -> None:
     model.eval()
     x = torch.randn(2, 5, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_compile_is_torch_compile() -> None:
-    from fxparam import compile as fx_compile
-
-    model, x = nn.Linear(3, 3), torch.randn(2, 3)
-    torch.testing.assert_close(fx_compile(model)(x), model(x))
-
-    @fx_compile(fullgraph=True)
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    torch.testing.assert_close(double(x), x * 2)
-    with pytest.raises(TypeError, match="int"):
-        fx_compile(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="backend"):
-        fx_compile(model, backend="eager")

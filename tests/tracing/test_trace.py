@@ -343,51 +343,6 @@ def test_training_the_graph_trains_the_model() -> None:
     torch.testing.assert_close(gm(x), model(x))
 
 
-class TestHoist:
-    """The pass on graphs of other captures."""
-
-    def test_of_torch_fx(self) -> None:
-        class Plain(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.p = nn.Parameter(torch.randn(3, 3))
-
-            def forward(self, x: Tensor) -> Tensor:
-                for _ in range(3):
-                    x = torch.ops.fxparam_test.count(self.p) @ x
-                return x
-
-        gm, x = torch.fx.symbolic_trace(Plain()), torch.randn(3)
-        assert not fxparam.hoist(gm).modified  # a matrix product may be of anything
-        result = fxparam.hoist(gm, (x,))
-        assert result.modified and not fxparam.hoist(gm, (x,)).modified
-        assert helpers.counted(lambda: gm(x).sum().backward()) == (1, 1)
-        assert result.report.merged == 2
-
-    def test_of_make_fx(self) -> None:
-        model, x = helpers.Loop(_chain), _input()
-        params = dict(model.named_parameters())
-
-        def call(params: Any, x: Tensor) -> Tensor:
-            return torch.func.functional_call(model, params, (x,))
-
-        gm = torch.fx.experimental.proxy_tensor.make_fx(call)(params, x)
-        gm.graph.lint()
-        result = fxparam.hoist(gm)
-        gm.recompile()
-        torch.testing.assert_close(gm(params, x), model(x))
-        assert not result.modified or helpers.counted(lambda: gm(params, x))[0] == 1
-
-    def test_of_export(self) -> None:
-        model, x = helpers.Loop(_chain), _input()
-        program = torch.export.export(model, (x,))
-        result = fxparam.hoist(program.graph_module)
-        assert result.modified
-        assert helpers.counted(lambda: program.module()(x))[0] == 1
-        (entry,) = result.report.entries
-        assert (entry.name, entry.accesses, entry.evaluations) == ("cell.weight", 6, 1)
-
-
 class _Shifted(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,50 +17,20 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 
 import fxparam
 from fxparam.graph.passes.naming import Step
-from tests import helpers, zoo
-from tests.graph import test_motion
+from tests import bodies, helpers
+from tests.exporting import programs
+from tests.exporting.programs import (
+    Cell,
+    counting,
+    counts_itself,
+    ours,
+    random_mask,
+    runs_equal,
+    saved_and_loaded,
+    x_of,
+)
 
-# Raised by torch itself where it saves, loads and decomposes programs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning"),
-    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
-]
-
-
-class Cell(nn.Module):
-    """A built-in recurrent cell, some steps, and nothing of ``cached()`` in its code."""
-
-    def __init__(self, wrap: Callable[..., Any], *, size: int = 4, steps: int = 3) -> None:
-        super().__init__()
-        self.cell = nn.RNNCell(size, size, dtype=torch.float64)
-        wrap(self.cell, "weight_hh")
-        self.steps = steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.zeros_like(x)
-        for _ in range(self.steps):
-            h = self.cell(x, h)
-        return h
-
-
-def counting(m: nn.Module, name: str) -> None:
-    for step in (helpers.MatrixExponential(), helpers.Counting()):
-        parametrize.register_parametrization(m, name, step)
-
-
-def ours(m: nn.Module, name: str) -> None:
-    for step in (helpers.MatrixExponential(), helpers.Counting()):
-        fxparam.register_parametrization(m, name, step)
-
-
-def random_mask(m: nn.Module, name: str) -> None:
-    parametrize.register_parametrization(m, name, helpers.RandomMask())
-
-
-def counts_itself(m: nn.Module, name: str) -> None:
-    parametrize.register_parametrization(m, name, zoo.Steps())
+pytestmark = programs.IGNORED
 
 
 class _Symmetric(nn.Module):
@@ -101,31 +70,6 @@ WRAPS = [counting, ours, orthogonal, spectral_norm, weight_norm, random_mask, co
 WRAPS += [nested, nested_random_mask]
 
 
-def _x(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 4, dtype=torch.float64)
-
-
-def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    return torch.export.load(buffer)
-
-
-def runs_equal(program: ExportedProgram, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Outputs and buffers of two calls equal those of a copy of the model."""
-    twin, run = copy.deepcopy(model), copy.deepcopy(program).module()
-    for _ in range(2):
-        torch.manual_seed(0)
-        expected = twin(*args, **kwargs)
-        torch.manual_seed(0)
-        torch.testing.assert_close(run(*args, **kwargs), expected)
-    left = run.state_dict()
-    for name, buffer in twin.named_buffers():
-        if name in left:
-            torch.testing.assert_close(left[name], buffer, msg=name)
-
-
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
@@ -133,30 +77,30 @@ def test_equals_eager(wrap: Any, training: bool, strict: bool) -> None:
     model = Cell(wrap).train(training)
     classes = [type(m) for m in model.modules()]
     before = copy.deepcopy(model.state_dict())
-    program = fxparam.export(model, (_x(),), strict=strict)
+    program = fxparam.export(model, (x_of(),), strict=strict)
     program.validate()
     assert [type(m) for m in model.modules()] == classes
     torch.testing.assert_close(model.state_dict(), before)
     assert list(program.state_dict) == list(
-        torch.export.export(model, (_x(),), strict=strict).state_dict
+        torch.export.export(model, (x_of(),), strict=strict).state_dict
     )
     assert not fxparam.hoist(program.graph_module).modified
-    runs_equal(program, model, _x())
-    runs_equal(saved_and_loaded(program), model, _x())
-    runs_equal(program.run_decompositions(), model, _x())
+    runs_equal(program, model, x_of())
+    runs_equal(saved_and_loaded(program), model, x_of())
+    runs_equal(program.run_decompositions(), model, x_of())
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_one_evaluation_forward_and_one_backward(strict: bool) -> None:
     model = Cell(counting)
-    run = fxparam.export(model, (_x(),), strict=strict).module()
-    assert helpers.counted(lambda: run(_x()).sum().backward()) == (1, 1)
+    run = fxparam.export(model, (x_of(),), strict=strict).module()
+    assert helpers.counted(lambda: run(x_of()).sum().backward()) == (1, 1)
 
 
 @pytest.mark.parametrize("wrap", [random_mask, nested_random_mask, counts_itself, spectral_norm])
 def test_evaluations_with_effects_are_all_there(wrap: Any) -> None:
     model = Cell(wrap)
-    ours, torchs = fxparam.export(model, (_x(),)), torch.export.export(model, (_x(),))
+    ours, torchs = fxparam.export(model, (x_of(),)), torch.export.export(model, (x_of(),))
 
     def effects(program: ExportedProgram) -> list[str]:
         targets = [str(node.target) for node in program.graph.nodes]
@@ -186,7 +130,7 @@ def test_capture_does_not_evaluate_at_each_access() -> None:
             lambda m, name, api=api: api.register_parametrization(m, name, Seen()), steps=9
         )
         seen.clear()
-        fxparam.export(model, (_x(),))
+        fxparam.export(model, (x_of(),))
         assert len(seen) == 1
 
 
@@ -209,14 +153,14 @@ def test_where_sharing_while_tracing_was_wrong(kind: Any, wrap: Any) -> None:
     model = kind(wrap).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    program = fxparam.export(model, (_x(),))
-    runs_equal(program, model, _x())
+    program = fxparam.export(model, (x_of(),))
+    runs_equal(program, model, x_of())
     assert sum("count" in str(n.target) for n in program.graph.nodes) == 2
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_evaluations_that_change_attributes_are_traced_one_by_one(strict: bool) -> None:
-    model, x = Cell(counts_in_python).eval(), _x()
+    model, x = Cell(counts_in_python).eval(), x_of()
     expected, actual = (
         export(copy.deepcopy(model), (x,), strict=strict).module()(x)
         for export in (torch.export.export, fxparam.export)
@@ -241,7 +185,7 @@ class _Parts(nn.Module):
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
 def test_unflattens_into_modules(wrap: Any, training: bool) -> None:
     model = _Parts(wrap).train(training)
-    x = _x()
+    x = x_of()
     for made_by in (torch.export.export, fxparam.export):
         program = made_by(copy.deepcopy(model), (x,))
         run, twin = torch.export.unflatten(program), copy.deepcopy(model)
@@ -275,8 +219,8 @@ class _Thrice(nn.Module):
 )
 def test_unflattens_evaluations_in_pieces(wrap: Any) -> None:
     model = _Thrice(wrap)
-    run = torch.export.unflatten(fxparam.export(copy.deepcopy(model), (_x(),)))
-    x = _x()
+    run = torch.export.unflatten(fxparam.export(copy.deepcopy(model), (x_of(),)))
+    x = x_of()
     torch.testing.assert_close(run(x), model(x))
 
 
@@ -292,7 +236,7 @@ def test_unflattens_what_a_body_evaluated_at_random() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch_map(lambda row: self.cell(row) + 1, x.sin())
 
-    model, x = OverRows(), _x()
+    model, x = OverRows(), x_of()
     run = torch.export.unflatten(fxparam.export(model, (x,)))
     torch.manual_seed(0)
     expected = model(x)
@@ -308,7 +252,7 @@ def test_a_failed_export_leaves_no_hook() -> None:
     hooks = nn.modules.module._global_buffer_registration_hooks
     before = dict(hooks)
     with pytest.raises(Exception, match="data-dependent|guard"):
-        fxparam.export(Fails(), (_x(),))
+        fxparam.export(Fails(), (x_of(),))
     assert dict(hooks) == before
 
 
@@ -317,19 +261,19 @@ def test_in_a_region_of_the_user() -> None:
     fxparam.adopt(model)
     with fxparam.cached():
         first = model.cell.weight_hh
-        program = fxparam.export(model, (_x(),))
+        program = fxparam.export(model, (x_of(),))
         assert model.cell.weight_hh is first
-    runs_equal(program, model, _x())
-    assert helpers.counted(lambda: program.module()(_x()))[0] == 1
+    runs_equal(program, model, x_of())
+    assert helpers.counted(lambda: program.module()(x_of()))[0] == 1
 
 
 @pytest.mark.parametrize(
     "body",
-    [test_motion._scan, test_motion._map, test_motion._cond_in_both_branches, test_motion._while],
+    [bodies.in_a_scan, bodies.in_a_map, bodies.in_both_branches, bodies.in_a_while],
     ids=lambda body: body.__name__,
 )
 def test_out_of_bodies(body: Any) -> None:
-    model = test_motion.Cell(body).eval()
+    model = bodies.Cell(body).eval()
     x = torch.randn(5, 3, dtype=torch.float64)
     with torch.no_grad():
         program = fxparam.export(model, (x,))
@@ -356,15 +300,15 @@ def test_dynamic_shapes_keywords_and_mutations_survive() -> None:
     shapes = {"x": {0: Dim("batch")}, "scale": None}
     kwargs = {"scale": torch.tensor(2.0)}
     for fold in (False, True):
-        program = fxparam.export(model, (_x(),), kwargs, dynamic_shapes=shapes, fold=fold)
+        program = fxparam.export(model, (x_of(),), kwargs, dynamic_shapes=shapes, fold=fold)
         for each in (program, saved_and_loaded(program)):
-            runs_equal(each, model, _x(7), **kwargs)
+            runs_equal(each, model, x_of(7), **kwargs)
         signature = program.run_decompositions().graph_signature
         assert list(signature.buffers_to_mutate.values()) == ["calls"]
 
 
 def test_names_and_the_prologue() -> None:
-    program = fxparam.export(Cell(counting), (_x(),))
+    program = fxparam.export(Cell(counting), (x_of(),))
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     assert [n.name for n in calls[:2]] == ["matrix_exp", "cell_weight_hh"]
     assert [n.meta["fxparam"] for n in calls[:2]] == [
@@ -376,126 +320,16 @@ def test_names_and_the_prologue() -> None:
 def test_errors_are_those_of_torch() -> None:
     model = Cell(counting)
     with pytest.raises(Exception, match="Expecting `args` to be a tuple") as ours:
-        fxparam.export(model, [_x()])
+        fxparam.export(model, [x_of()])
     with pytest.raises(Exception, match="Expecting `args` to be a tuple") as theirs:
-        torch.export.export(model, [_x()])
+        torch.export.export(model, [x_of()])
     assert type(ours.value) is type(theirs.value)
     assert any("torch.export.export" in note for note in ours.value.__notes__)
 
 
-FOLDED = ["cell.bias_hh", "cell.bias_ih", "cell.weight_hh", "cell.weight_ih"]
-
-
-@pytest.mark.parametrize("made_by", ["fxparam", "torch", "torch strict", "loaded", "decomposed"])
-@pytest.mark.parametrize("wrap", [counting, ours, orthogonal, spectral_norm, weight_norm])
-def test_folded(wrap: Any, made_by: str) -> None:
-    model = Cell(wrap).eval()
-    x = _x()
-    if made_by == "fxparam":
-        folded = fxparam.export(model, (x,), fold=True)
-    else:
-        program = torch.export.export(model, (x,), strict=made_by == "torch strict")
-        if made_by == "loaded":
-            program = saved_and_loaded(program)
-        if made_by == "decomposed":
-            program = program.run_decompositions()
-        before = str(program)
-        folded = fxparam.fold(program)
-        assert str(program) == before
-    assert sorted(folded.state_dict) == FOLDED
-    targets = [s.target for s in folded.graph_signature.input_specs if s.target]
-    assert sorted(targets) == FOLDED
-    assert "parametrizations" not in str(folded.graph_module.code)
-    assert not any("parametrizations" in e.fqn for e in folded.module_call_graph)
-    torch.testing.assert_close(folded.state_dict["cell.weight_hh"], model.cell.weight_hh)
-    for each in (
-        folded,
-        saved_and_loaded(folded),
-        folded.run_decompositions(),
-        fxparam.fold(folded),
-    ):
-        runs_equal(each, model, x)
-    assert helpers.counted(lambda: folded.module()(x))[0] == 0
-
-
-def test_folding_reads_the_programs_tensors() -> None:
-    model = Cell(orthogonal).eval()
-    program = fxparam.export(model, (_x(),))
-    other = Cell(orthogonal).eval()
-    for name, tensor in other.state_dict().items():
-        program.state_dict[name] = (
-            nn.Parameter(tensor) if name in dict(other.named_parameters()) else tensor
-        )
-    runs_equal(fxparam.fold(program), other, _x())
-
-
-@pytest.mark.parametrize("wrap", [random_mask, spectral_norm, counts_itself])
-def test_folding_what_has_effects_is_refused(wrap: Any) -> None:
-    model = Cell(wrap)
-    for call in (
-        lambda: fxparam.export(model, (_x(),), fold=True),
-        lambda: fxparam.fold(torch.export.export(model, (_x(),), strict=True)),
-    ):
-        with pytest.raises(ValueError, match=r"cell\.weight_hh"):
-            call()
-
-
-def test_folding_without_parametrizations_changes_nothing() -> None:
-    program = torch.export.export(nn.Linear(4, 2, dtype=torch.float64), (_x(),))
-    folded = fxparam.fold(program)
-    assert str(folded.graph) == str(program.graph)
-    assert folded.graph_signature == program.graph_signature
-
-
-@pytest.mark.parametrize("twice", [False, True])
-def test_folding_a_value_that_the_program_returns(twice: bool) -> None:
-    class Returns(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = weight_norm(nn.Linear(3, 3))
-
-        def forward(self, x: Tensor) -> Any:
-            weights = [self.cell.weight, self.cell.weight] if twice else [self.cell.weight]
-            return {"weights": weights, "y": self.cell(x), "rows": x.shape[0], "one": 1}
-
-    model, x = Returns(), torch.randn(4, 3)
-    shapes = ({0: torch.export.Dim("rows")},)
-    for program in (
-        fxparam.export(model, (x,), dynamic_shapes=shapes, fold=True),
-        fxparam.fold(torch.export.export(model, (x,), dynamic_shapes=shapes)),
-    ):
-        assert list(program.state_dict) == ["cell.bias", "cell.weight"]
-        torch.testing.assert_close(program.module()(x[:2]), model(x[:2]))
-
-
-def test_folding_under_no_grad_in_the_model() -> None:
-    class Frozen(Cell):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = super().forward(x)
-            return super().forward(x)
-
-    model = Frozen(orthogonal).eval()
-    folded = fxparam.export(model, (_x(),), fold=True)
-    assert sorted(folded.state_dict) == FOLDED
-    runs_equal(folded, model, _x())
-
-
-def test_folding_keeps_an_original_that_is_read_elsewhere() -> None:
-    class Penalized(Cell):
-        def forward(self, x: Tensor) -> Any:
-            penalty = self.cell.parametrizations.weight_hh.original.mul(x.sum()).sum()
-            return super().forward(x), penalty
-
-    model = Penalized(orthogonal).eval()
-    folded = fxparam.export(model, (_x(),), fold=True)
-    assert "cell.parametrizations.weight_hh.original" in folded.state_dict
-    runs_equal(folded, model, _x())
-
-
 @pytest.mark.parametrize("fold", [False, True])
 def test_ahead_of_time_inductor(fold: bool, tmp_path: Any) -> None:
-    model, x = Cell(orthogonal).eval(), _x()
+    model, x = Cell(orthogonal).eval(), x_of()
     with torch.no_grad():
         program = fxparam.export(model, (x,), fold=fold)
         path = torch._inductor.aoti_compile_and_package(
@@ -519,27 +353,6 @@ def test_a_parametrization_with_a_no_grad_block_in_it(fold: bool, strict: bool) 
     x = torch.randn(2, 4, dtype=torch.float64)
     program = fxparam.export(model, (x,), fold=fold, strict=strict)
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_folding_what_only_a_branch_evaluates_is_refused(strict: bool) -> None:
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = weight_norm(nn.Linear(4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda x: self.cell(x), lambda x: x.sin(), (x,))
-
-    with pytest.raises(ValueError, match="cell.weight: the body of a loop or branch evaluates it"):
-        fxparam.export(Branch(), (torch.ones(2, 4),), fold=True, strict=strict)
-
-
-def test_folding_a_decomposed_program_that_writes_is_refused() -> None:
-    layer = spectral_norm(nn.Linear(4, 4))
-    program = torch.export.export(layer, (torch.ones(2, 4),)).run_decompositions()
-    with pytest.raises(ValueError, match="found: weight: the evaluation writes"):
-        fxparam.fold(program)
 
 
 class _Rebinding(nn.Module):
@@ -569,7 +382,7 @@ class _CallsItself(Cell):
 
 
 def test_attributes_that_change_before_a_model_calls_itself() -> None:
-    model, x = _CallsItself(counts_in_python), _x()
+    model, x = _CallsItself(counts_in_python), x_of()
     program = fxparam.export(copy.deepcopy(model), (x,))
     expected = torch.export.export(copy.deepcopy(model), (x,)).module()(x)
     torch.testing.assert_close(program.module()(x), expected)

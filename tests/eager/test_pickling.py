@@ -240,7 +240,7 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
         "ours.remove_parametrizations(model, 'bias')\n"
         "assert type(model).__name__ == 'Stateful'\n"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, cwd=root)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fxparam
 import fxparam.parametrize as ours
-from tests import helpers
+from tests import helpers, regions
 from tests.fuzz.pieces import Symmetric, Transposed
+from tests.regions import WRAPS, Model
 
 
 @pytest.fixture(autouse=True)
@@ -28,136 +28,6 @@ def reset() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-class Assigning(nn.Module):
-    """Counts its evaluations in a buffer that it assigns anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("n", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.n = self.n + 1
-        return x * self.n
-
-
-class InPlace(nn.Module):
-    """Writes, but to nothing that anyone else sees."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clone().mul_(2)
-
-
-class Iterating(nn.Module):
-    """Begins with a step of an iteration under ``no_grad``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("v", torch.ones(3, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.v.mul_(0.9).add_(0.2)
-        return x + self.v.clone()
-
-
-class _Clipping(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clamp(-0.1, 0.1)
-
-
-class _Adding(_Clipping):
-    """Its gradient is not 0 where nothing came back."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + 1
-
-
-class Clipped(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Clipping.apply(x)
-
-
-class PlusOne(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Adding.apply(x)
-
-
-WRAPS: dict[str, Callable[[nn.Module], Any]] = {
-    "spectral norm": lambda m: ours.adopt(spectral_norm(m)),
-    "random mask": lambda m: ours.register_parametrization(m, "weight", helpers.RandomMask()),
-    "assigning": lambda m: ours.register_parametrization(m, "weight", Assigning()),
-    "pure": lambda m: ours.register_parametrization(m, "weight", helpers.MatrixExponential()),
-    "iterating": lambda m: ours.register_parametrization(m, "weight", Iterating()),
-    "clipped": lambda m: ours.register_parametrization(m, "weight", Clipped()),
-    "in place": lambda m: ours.register_parametrization(m, "weight", InPlace()),
-}
-
-
-class Model(nn.Module):
-    def __init__(self, wrap: str, body: Callable[..., Any]) -> None:
-        super().__init__()
-        self.cell = nn.Linear(3, 3, dtype=torch.float64)
-        WRAPS[wrap](self.cell)
-        self.body = body
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
-
-
-def _loop(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        for _ in range(3):
-            x = torch.tanh(m.cell(x))
-    return x
-
-
-def _nested(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        with fxparam.cached():
-            x = m.cell(x)
-        return m.cell(x)
-
-
-def _two_regions(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        x = m.cell(m.cell(x))
-    with fxparam.cached():
-        return m.cell(m.cell(x))
-
-
-def _before_inside_and_after(m: Model, x: Tensor) -> Tensor:
-    x = m.cell(x)
-    with fxparam.cached():
-        x = m.cell(m.cell(x))
-    return m.cell(x)
-
-
-def _returned(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        return m.cell(x) @ m.cell.weight
-
-
-def _under_no_grad_first(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        with torch.no_grad():
-            y = m.cell(x)
-        return m.cell(x) + m.cell(y) + y
-
-
-def _original_written(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        y = m.cell(x).detach()
-        with torch.no_grad():
-            m.cell.parametrizations.weight.original.mul_(1.5)
-        return m.cell(x) + y
 
 
 def _value_written(m: Model, x: Tensor) -> Tensor:
@@ -168,64 +38,6 @@ def _value_written(m: Model, x: Tensor) -> Tensor:
         return m.cell(x) + y
 
 
-def _value_of_a_later_read_written(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        y = m.cell(x)
-        w = m.cell.weight
-        with torch.no_grad():
-            w.view(-1)[:3].mul_(1.5)
-        return m.cell(y)
-
-
-def _in_autocast_that_changes_nothing(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        y = m.cell(x)
-        with torch.autocast("cpu", enabled=False):
-            y = m.cell(y)
-        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
-            return m.cell(y)
-
-
-def _in_the_same_autocast_twice(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached(), torch.autocast("cpu", torch.bfloat16):
-        y = m.cell.weight.sum()
-        with torch.autocast("cpu", torch.bfloat16):
-            return x * y * m.cell.weight.sum()
-
-
-def _after_a_switch_of_modes(m: Model, x: Tensor) -> Tensor:
-    # Dynamo drops the switch back and the one that an evaluation may begin with.
-    with fxparam.cached():
-        with torch.no_grad():
-            y = x * 2
-        x = m.cell(x)
-        with torch.no_grad():
-            y = y * 2
-        x = m.cell(x)
-        with torch.no_grad():
-            y = y * m.cell.bias
-        return m.cell(x) + y
-
-
-def _in_a_switch_of_another_kind(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        x = m.cell(x)
-        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-            return m.cell(x)
-
-
-def _read_for_the_shape(m: Model, x: Tensor) -> Tensor:
-    # Dynamo drops what is computed for the shape alone, where it has no effects.
-    with fxparam.cached():
-        x = m.cell(x)[:, : m.cell.weight.shape[0]]
-        return m.cell(m.cell(x))
-
-
-def _first_read_for_the_shape(m: Model, x: Tensor) -> Tensor:
-    with fxparam.cached():
-        return m.cell(m.cell(x[:, : m.cell.weight.shape[0]]))
-
-
 def _around_a_call_with_other_originals(m: Model, x: Tensor) -> Tensor:
     with fxparam.cached():
         w = m.cell.weight
@@ -234,14 +46,6 @@ def _around_a_call_with_other_originals(m: Model, x: Tensor) -> Tensor:
         name = "parametrizations.weight.original"
         swapped = {name: 1.5 * m.cell.parametrizations.weight.original}
         return m.cell(torch.func.functional_call(m.cell, swapped, (x,))) + x @ w
-
-
-def _decorated(m: Model, x: Tensor) -> Tensor:
-    @fxparam.cached()
-    def run(x: Tensor) -> Tensor:
-        return m.cell(m.cell(x))
-
-    return run(x)
 
 
 def _region_in_a_checkpoint(m: Model, x: Tensor) -> Tensor:
@@ -269,52 +73,14 @@ def _with_a_hook(m: Model, x: Tensor) -> Tensor:
         return nn.functional.linear(x, w) + m.cell(x)
 
 
-# How many evaluations are left in the graph.
-BODIES: dict[Callable[..., Any], int] = {
-    _loop: 1,
-    _nested: 1,
-    _two_regions: 2,
-    _before_inside_and_after: 3,
-    _returned: 1,
-    _under_no_grad_first: 2,
-    _original_written: 2,
-    _value_of_a_later_read_written: 2,
-    _in_autocast_that_changes_nothing: 1,
-    _after_a_switch_of_modes: 1,
-    _in_a_switch_of_another_kind: 1,
-    _read_for_the_shape: 1,
-    _first_read_for_the_shape: 1,
-    _in_the_same_autocast_twice: 1,
-    _decorated: 1,
-}
-FEWER_WHEN_PURE = {_two_regions: 1, _before_inside_and_after: 1}
-
-
-def _steps(model: nn.Module, run: Callable[..., Any], x: Tensor) -> Iterator[list[Any]]:
-    for seed in range(2):
-        model.zero_grad()
-        torch.manual_seed(seed)
-        out = run(x)
-        out.sum().backward()
-        yield [
-            out.detach(),
-            *(p.grad for p in model.parameters()),
-            *(b.clone() for b in model.buffers()),
-            torch.get_rng_state(),
-        ]
-
-
-def _check(compiled: Any, twin: nn.Module, model: nn.Module, x: Tensor) -> None:
-    """A compiled model does what its twin does in eager code, step by step."""
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
-        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+FEWER_WHEN_PURE = {regions.two_regions: 1, regions.before_inside_and_after: 1}
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     "body",
     [
-        *BODIES,
+        *regions.BODIES,
         _value_written,
         _evaluated_again_after_eval,
         _with_a_hook,
@@ -332,10 +98,14 @@ def test_equals_eager_in_one_graph(body: Callable[..., Any], wrap: str) -> None:
     fx = fxparam.backend("aot_eager")
     compiled = torch.compile(twin, backend=fx, fullgraph=True)
     x = torch.randn(2, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
-    if body in BODIES:
+    regions.check(compiled, twin, model, x)
+    if body in regions.BODIES:
         (entry,) = (e for e in fx.reports[0].entries if e.name == "cell.weight")
-        left = FEWER_WHEN_PURE.get(body, BODIES[body]) if wrap == "pure" else BODIES[body]
+        left = (
+            FEWER_WHEN_PURE.get(body, regions.BODIES[body])
+            if wrap == "pure"
+            else regions.BODIES[body]
+        )
         assert entry.evaluations == left
 
 
@@ -390,7 +160,7 @@ def test_a_parametrization_that_reads_a_parametrized_tensor(
     ours.register_parametrization(model.cell, "weight", _Reading(wrap))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(2, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(2, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("wrap", ["random mask", "pure"])
@@ -399,31 +169,33 @@ def test_a_region_in_a_checkpointed_function(wrap: str) -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
     x = torch.randn(2, 3, dtype=torch.float64)
-    for actual, expected in zip(_steps(twin, compiled, x), _steps(model, model, x), strict=True):
+    for actual, expected in zip(
+        regions.steps(twin, compiled, x), regions.steps(model, model, x), strict=True
+    ):
         assert_close(actual[:-1], expected[:-1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_other_backends_keep_the_region_of_eager_code(backend: str, wrap: str) -> None:
-    model = Model(wrap, _loop)
+    model = Model(wrap, regions.loop_in_a_region)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=backend)
     x = torch.randn(2, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)
 
 
 def test_a_frame_resumed_after_a_graph_break_knows_its_region() -> None:
     # Such a frame has no module names; the marks are all that tells one evaluation from another.
     def body(m: Model, x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
-        return _loop(m, x)
+        return regions.loop_in_a_region(m, x)
 
     model = Model("spectral norm", body)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(2, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)
 
 
 def test_a_graph_break_in_a_region_leaves_it_to_eager_code() -> None:
@@ -437,7 +209,7 @@ def test_a_graph_break_in_a_region_leaves_it_to_eager_code() -> None:
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(2, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)
 
 
 def _scan_in_a_region(m: Model, x: Tensor) -> Tensor:
@@ -467,7 +239,7 @@ def test_a_region_around_a_loop_holds_for_its_body(wrap: str) -> None:
     twin.body = _scan_in_a_region
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
     x = torch.randn(4, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)
 
 
 def _around_a_checkpoint(m: Model, x: Tensor, run: Callable[..., Any], order: str) -> Tensor:
@@ -493,7 +265,7 @@ def test_a_region_around_a_checkpoint_holds_in_it_and_around_it(wrap: str, order
     twin = copy.deepcopy(model)
     twin.body = checkpointed
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
 class Noise(nn.Module):
@@ -554,7 +326,7 @@ def test_several_random_evaluations_in_a_checkpoint(mask: type[nn.Module], tied:
     twin = copy.deepcopy(model)
     twin.body = partial(_segments, run=partial(checkpoint, use_reentrant=False))
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -565,7 +337,7 @@ def test_several_random_evaluations_in_a_scan(mask: type[nn.Module], tied: bool)
     twin = copy.deepcopy(model)
     twin.body = partial(_a_loop_of_two, loop=lambda step, h, xs: scan(step, h, xs, dim=0)[1])
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(4, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(4, 3, dtype=torch.float64))
 
 
 def _out_of_turn(m: Two, x: Tensor, run: Callable[..., Any], *, before: bool) -> Tensor:
@@ -580,7 +352,7 @@ def test_random_evaluations_in_a_checkpoint_that_need_not_move() -> None:
     twin = copy.deepcopy(model)
     twin.body = partial(body, run=partial(checkpoint, use_reentrant=False))
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
 def test_random_evaluations_are_not_drawn_out_of_turn() -> None:
@@ -620,7 +392,7 @@ def _unused_before_a_body(layer: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("run", [_unused_in_a_body, _unused_before_a_body])
 def test_a_read_of_which_nothing_is_made_is_not_refused(run: Callable[..., Tensor]) -> None:
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", Clipped())
+    ours.register_parametrization(layer, "weight", regions.Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
     actual = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)(twin, x)
     expected = run(layer, x)
@@ -652,7 +424,7 @@ def test_what_comes_out_of_a_body_is_not_taken_from_what_is_evaluated_after_it()
 def test_one_backward_for_a_region_around_a_loop() -> None:
     """Several are another gradient where the backward is not additive: asked for, it is one."""
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", Clipped())
+    ours.register_parametrization(layer, "weight", regions.Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
 
     def by_map(layer: nn.Module, x: Tensor) -> Tensor:
@@ -676,7 +448,7 @@ def test_one_backward_for_a_region_around_a_loop() -> None:
 
 def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", Clipped())
+    ours.register_parametrization(layer, "weight", regions.Clipped())
     twin, x = copy.deepcopy(layer), torch.randn(4, 3, dtype=torch.float64)
 
     def unused(h: Tensor) -> Tensor:
@@ -699,7 +471,7 @@ def test_an_access_in_a_branch_that_nobody_uses_is_not_refused() -> None:
 
 def test_a_branch_that_is_not_taken_has_no_backward() -> None:
     layer = nn.Linear(3, 3, dtype=torch.float64)
-    ours.register_parametrization(layer, "weight", PlusOne())
+    ours.register_parametrization(layer, "weight", regions.PlusOne())
     twin, x = copy.deepcopy(layer), torch.rand(3, 3, dtype=torch.float64)
 
     def forward(x: Tensor) -> Tensor:
@@ -791,37 +563,10 @@ def _in_a_gradient(m: Model, x: Tensor) -> Tensor:
         return y + torch.func.grad(lambda t: m.cell(t).square().sum())(x)
 
 
-class Scheduled(nn.Module):
-    """Counts its evaluations in a Python attribute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.n += 1
-        return x * self.n
-
-
-class Initialized(nn.Module):
-    """Finds its scale when it is evaluated first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.known = False
-        self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.inner.known:
-            self.scale.copy_(x.detach().abs().mean(0))
-            self.inner.known = True
-            return x
-        return x * self.scale
-
-
-@pytest.mark.parametrize("kind", [Scheduled, Initialized])
-@pytest.mark.parametrize("body", [_loop, _two_regions, _before_inside_and_after])
+@pytest.mark.parametrize("kind", [regions.Scheduled, regions.Initialized])
+@pytest.mark.parametrize(
+    "body", [regions.loop_in_a_region, regions.two_regions, regions.before_inside_and_after]
+)
 def test_evaluations_that_change_attributes_are_left_to_eager_code(
     body: Callable[..., Any], kind: type[nn.Module]
 ) -> None:
@@ -830,7 +575,7 @@ def test_evaluations_that_change_attributes_are_left_to_eager_code(
     ours.register_parametrization(model.cell, "weight", kind(), unsafe=True)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
-    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
     mine, theirs = (vars(m.cell.parametrizations.weight[0]) for m in (twin, model))
     assert mine.get("n") == theirs.get("n")
 
@@ -841,12 +586,12 @@ def test_evaluations_that_assign_what_is_there_stay_in_the_graph() -> None:
             self.rows, self.last, self.shape = len(x), x.detach() * 2, x.shape
             return x.sin()
 
-    model = Model("pure", _loop)
+    model = Model("pure", regions.loop_in_a_region)
     ours.register_parametrization(model.cell, "weight", Recording())
     _ = model.cell.weight
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
+    regions.check(compiled, twin, model, torch.randn(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -860,9 +605,9 @@ def test_what_marks_cannot_tell_is_left_to_eager_code(body: Callable[..., Any], 
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"))
     x = torch.randn(3, 3, dtype=torch.float64)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)
     # Nor does it leave anything to later code.
-    model, twin = (Model(wrap, _two_regions) for _ in range(2))
+    model, twin = (Model(wrap, regions.two_regions) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     compiled = torch.compile(twin, backend=fxparam.backend("aot_eager"), fullgraph=True)
-    _check(compiled, twin, model, x)
+    regions.check(compiled, twin, model, x)

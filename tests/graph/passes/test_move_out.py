@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils import parametrizations, parametrize
@@ -22,40 +21,13 @@ from torch.utils.checkpoint import (
 
 import fxparam
 from tests import helpers
-
-STEPS = 4
-
-
-class Cell(nn.Module):
-    """A linear layer whose weight is evaluated, and counted, at each access."""
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        super().__init__()
-        self.cell = nn.Linear(3, 3, dtype=torch.float64)
-        for step in (helpers.MatrixExponential(), helpers.Counting()):
-            parametrize.register_parametrization(self.cell, "weight", step)
-        self.register_buffer("state", torch.randn(3, dtype=torch.float64))
-        self.body = body
-
-    def step(self, h: Tensor) -> Tensor:
-        return torch.tanh(self.cell(h))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
+from tests.bodies import STEPS, Cell, in_a_map, in_a_scan, in_a_while, in_both_branches
 
 
 def _python_loop(m: Cell, x: Tensor) -> Tensor:
     for _ in range(STEPS):
         x = m.step(x)
     return x
-
-
-def _scan(m: Cell, x: Tensor) -> Tensor:
-    def step(h: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        h = m.step(h + row)
-        return h + 0, h * 2
-
-    return scan(step, x[0], x, dim=0)[1]
 
 
 def _scan_reads_three_times(m: Cell, x: Tensor) -> Tensor:
@@ -80,17 +52,8 @@ def _scan_of_scan(m: Cell, x: Tensor) -> Tensor:
 
 def _loop_of_scan(m: Cell, x: Tensor) -> Tensor:
     for _ in range(2):
-        x = _scan(m, x)
+        x = in_a_scan(m, x)
     return m.step(x)
-
-
-def _map(m: Cell, x: Tensor) -> Tensor:
-    return torch_map(m.step, x)
-
-
-def _cond_in_both_branches(m: Cell, x: Tensor) -> Tensor:
-    x = torch.cond(x.sum() > 0, lambda x: m.step(x), lambda x: m.step(x) * 2, (x,))
-    return torch.cond(x.sum() > 0, lambda x: m.step(x), lambda x: m.step(x) * 2, (x,))
 
 
 def _cond_and_outside(m: Cell, x: Tensor) -> Tensor:
@@ -155,16 +118,6 @@ def _region_in_checkpoint(m: Cell, x: Tensor) -> Tensor:
     return x
 
 
-def _while(m: Cell, x: Tensor) -> Tensor:
-    def condition(i: Tensor, h: Tensor) -> Tensor:
-        return i < STEPS
-
-    def body(i: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return i + 1, m.step(h)
-
-    return while_loop(condition, body, (torch.tensor(0), x))[1]
-
-
 def _while_in_while(m: Cell, x: Tensor) -> Tensor:
     def condition(i: Tensor, h: Tensor) -> Tensor:
         return i < 3
@@ -180,11 +133,11 @@ def _while_in_while(m: Cell, x: Tensor) -> Tensor:
 
 TRAINED = [
     _python_loop,
-    _scan,
+    in_a_scan,
     _scan_reads_three_times,
     _loop_of_scan,
-    _map,
-    _cond_in_both_branches,
+    in_a_map,
+    in_both_branches,
     _cond_and_outside,
     _checkpoint,
     _checkpoint_of_loop,
@@ -247,14 +200,14 @@ def test_one_evaluation_forward_and_one_backward(body: Callable[..., Any], fullg
 
 
 @pytest.mark.parametrize(
-    "body", [*TRAINED, _scan_of_scan, _while, _while_in_while], ids=lambda body: body.__name__
+    "body", [*TRAINED, _scan_of_scan, in_a_while, _while_in_while], ids=lambda body: body.__name__
 )
 def test_one_evaluation_in_inference(body: Callable[..., Any]) -> None:
     counts, _ = _counted(body, train=False, fullgraph=True)
     assert counts == (1, 0)
 
 
-@pytest.mark.parametrize("body", [_scan, _map], ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", [in_a_scan, in_a_map], ids=lambda body: body.__name__)
 def test_loops_train_under_inductor_without_fullgraph(body: Callable[..., Any]) -> None:
     # Where torch alone raises DataDependentOutputException.
     counts, _ = _counted(body, train=True, inner="inductor")
@@ -262,7 +215,7 @@ def test_loops_train_under_inductor_without_fullgraph(body: Callable[..., Any]) 
 
 
 def test_the_report_says_where_from() -> None:
-    _, report = _counted(_scan, train=True)
+    _, report = _counted(in_a_scan, train=True)
     (entry,) = report.entries
     assert entry.name == "cell.weight"
     assert entry.kind == ("MatrixExponential", "Counting")
