@@ -128,6 +128,15 @@ def test_files_and_functions_that_are_named_exist(page: Path) -> None:
     assert [each for each in found if each] == []
 
 
+def test_the_tree_has_every_file() -> None:
+    """But those of ``torch_bugs``, which have a page of their own, and what packages re-export."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.partition("## The tree")[2].partition("\n## ")[0]
+    files = (f.relative_to(ROOT / "fxparam") for f in (ROOT / "fxparam").rglob("*.py"))
+    inside = [f for f in files if f.name != "__init__.py" and f.parent.name != "torch_bugs"]
+    assert [str(f) for f in inside if f"`{f.as_posix()}`" not in tree] == []
+
+
 def test_a_name_that_is_gone_is_found() -> None:
     assert _missing("graph/rules.py: refusal") is None
     assert _missing("graph/rules.py: no_such") == "graph/rules.py defines no no_such"
