@@ -121,9 +121,7 @@ def _is_continuous(node: Node) -> bool:
 
 
 def _is_narrower(node: Node, on: list[Node]) -> bool:
-    """Check whether the value has fewer bits than what it is computed from: rounding is not
-    additive.
-    """
+    """Check whether the value is rounded to fewer bits than its inputs have: that is not additive."""
     of = [torch.finfo(t.dtype) for n in on for t in tensors_in(value_of(n))]
     into = [torch.finfo(t.dtype) for t in tensors_in(value_of(node))]
     return not of or any(b.eps > a.eps or b.max < a.max for a in of for b in into)
@@ -150,7 +148,7 @@ def _occurrences(node: Node, argument: Node) -> int:
 
 
 def _is_fact(node: Node, name: str) -> bool:
-    """Return a question about shape or dtype, which the gradient's values do not answer."""
+    """Check whether a node asks for a shape or dtype, which no gradient's values change."""
     return name in _FACTS or (name == "getattr" and node.args[1] in _FACTS)
 
 

@@ -15,8 +15,7 @@ DETACHES = {"detach", torch.detach, torch.ops.aten.detach.default}
 
 
 def reached_by_gradients(graph: Graph, table: EffectTable) -> set[Node]:
-    """Return the nodes that a result, or what is there for its effect, is computed from
-    differentiably.
+    """Return the nodes from which a result, or an effect, is computed differentiably.
 
     A value that is read under ``detach()`` or ``no_grad()`` alone is not among them: it has no
     gradient, which is another thing than a gradient of zeros where a derivative is infinite.

@@ -116,8 +116,7 @@ class Ops:
 
 
 def _picked(node: Node) -> OpEffects | None:
-    """Return the effects of taking one of several results, without running it on fakes of all of
-    them.
+    """Return the effects of taking one of several results, without a run on fakes of them all.
 
     A loop over the rows of ``x.unbind()`` takes as many as there are.
     """
@@ -135,9 +134,7 @@ def _picked(node: Node) -> OpEffects | None:
 
 
 def _may_raise(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Check whether the data decides if an ATen op raises: factorizations, indices, integer
-    division.
-    """
+    """Check whether data decide if an op raises: factorizations, indices, integer division."""
     name = func._schema.name.partition("::")[2]
     if name.startswith("_assert") or name in ("_linalg_check_errors", "is_nonzero"):
         return True
@@ -245,7 +242,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> object:
-    """Return a tensor's storage; an op that makes one without is not understood."""
+    """Return a tensor's storage; raise for one that has none, whose op is not understood then."""
     storage = storage_of(tensor)
     if storage is None:
         raise NotImplementedError("a tensor without a storage")
