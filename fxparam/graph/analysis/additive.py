@@ -121,7 +121,7 @@ def _is_continuous(node: Node) -> bool:
 
 
 def _is_narrower(node: Node, on: list[Node]) -> bool:
-    """Check whether the value is rounded to fewer bits than its inputs have: that is not additive."""
+    """Check whether the value has fewer bits than its inputs, hence is rounded: not additive."""
     of = [torch.finfo(t.dtype) for n in on for t in tensors_in(value_of(n))]
     into = [torch.finfo(t.dtype) for t in tensors_in(value_of(node))]
     return not of or any(b.eps > a.eps or b.max < a.max for a in of for b in into)
