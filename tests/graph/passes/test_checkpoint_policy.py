@@ -76,8 +76,11 @@ return (matmul,)""",
 def test_with_a_policy_a_region_of_its_own_makes_the_value() -> None:
     gm = _checkpointed(policy=True)
     policy = gm.body.meta[POLICY]
+    drawn = picture(gm, _hoist, matrix_exp=(1, 1))
+    ((name, made),) = ((n, m) for n, m in graphs(gm).items() if is_recomputed(m))
+    assert made.meta[POLICY] is policy
     assert_expected_inline(
-        picture(gm, _hoist, matrix_exp=(1, 1)),
+        drawn.replace(name, "moved_region"),
         """\
 def forward(self, p, x):
 body = self.body
@@ -93,8 +96,8 @@ return (matmul,)
 ---
 def forward(self, p, x):
 body = self.body
-moved_region_0 = self.moved_region_0
-tag_activation_checkpoint_2 = tag_activation_checkpoint(moved_region_0, p)
+moved_region = self.moved_region
+tag_activation_checkpoint_2 = tag_activation_checkpoint(moved_region, p)
 getitem_2 = tag_activation_checkpoint_2[0]
 tag_activation_checkpoint = tag_activation_checkpoint(body, x, getitem_2)
 getitem = tag_activation_checkpoint[0]
@@ -104,10 +107,7 @@ return (getitem_1,)
 def body(self, h, matrix_exp_1):
 matmul = matrix_exp_1 @ h
 return (matmul,)
-def moved_region_0(self, p):
+def moved_region(self, p):
 matrix_exp = torch.matrix_exp(p)
 return (matrix_exp,)""",
     )
-    made = graphs(gm)["moved_region_0"]
-    assert is_recomputed(made) and made.meta[POLICY] is policy
-    assert not is_recomputed(gm.body)
