@@ -299,7 +299,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _unusable(device: str, output: Path) -> str | None:
-    """Return a line about arguments that cannot work, before minutes are spent; None if they can."""
+    """Return a line about arguments that cannot work; None if they can.
+
+    Asked before minutes are spent on them.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError:

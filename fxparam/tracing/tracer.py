@@ -161,7 +161,7 @@ class Tracer(torch.fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Return the function to trace and its arguments: here with the model's own forward hooks."""
+        """Return the function to trace, with the model's own forward hooks, and its arguments."""
         call, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         if not is_module or not (self.root._forward_hooks or self.root._forward_pre_hooks):
             return call, args
