@@ -1,4 +1,4 @@
-"""FX graphs: names and lives of nodes, and which argument a call writes, by torch's conventions."""
+"""FX graphs: rename nodes, copy Dynamo's graphs, find which argument a call writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from fxparam._torch.names import OpOverload
+from fxparam._torch.names import OpOverload, qualified_name
 
 __all__ = [
     "IN_PLACE_OPERATORS",
@@ -18,12 +18,13 @@ __all__ = [
     "mark_as_added_input",
     "op_name",
     "rename",
+    "unpickle_with",
     "written_argument",
 ]
 
 _NAMES = ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift"]
 _NAMES += ["sub", "truediv", "xor"]
-#: ``u += 1`` and its like: the operator of each method.
+#: The functions of in-place operators, by the names of their methods: ``__iadd__``.
 IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
     f"__i{name}__": getattr(operator, f"i{name}") for name in _NAMES
 }
@@ -32,6 +33,14 @@ IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
 def rename(node: Node, name: str) -> None:
     """Give a node a name, with a number behind it if another node has it."""
     node._rename(name)
+
+
+def unpickle_with(owner: GraphModule | Graph, tracer: Any) -> None:
+    """Let ``tracer`` trace the code of a graph, or of a graph module, when it is unpickled.
+
+    Tracing is how torch.fx makes a graph from a pickle, which holds code alone.
+    """
+    owner._tracer_cls = tracer
 
 
 def is_erased(node: Node) -> bool:
@@ -43,7 +52,7 @@ def op_name(node: Node) -> str:
     """Return the name of what a node calls, without namespace and overload: ``add_``."""
     target: Any = node.target
     if isinstance(target, OpOverload):
-        return str(target._schema.name).partition("::")[2]
+        return qualified_name(target).partition("::")[2]
     return str(getattr(target, "__name__", target))
 
 
@@ -79,7 +88,8 @@ def written_argument(node: Node) -> Node | None:
 def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     """Copy a graph of Dynamo's, with what AOTAutograd asks of one.
 
-    AOTAutograd reads the source of each input, and the names of parameters, off private attributes.
+    AOTAutograd reads two private attributes of such a graph, which ``Graph.node_copy`` and
+    ``GraphModule`` do not copy: the source of each input, and the sources of parameters by name.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -94,5 +104,8 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
 
 
 def mark_as_added_input(placeholder: Node) -> None:
-    """Say that an input of a Dynamo graph has no source, as DDP's optimizer says of its own."""
+    """Mark an input that we added to a Dynamo graph as one without a source.
+
+    AOTAutograd asks each input for its source. DDPOptimizer marks the inputs that it adds so too.
+    """
     placeholder._dynamo_source = None

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxparam._torch.names import HigherOrderOperator, OpOverload, OpOverloadPacket, tree_flatten
+from fxparam._torch.fx import op_name
+from fxparam._torch.names import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    qualified_name,
+    tree_flatten,
+)
 from fxparam.graph.analysis.nodes import body_of, tensors_in, value_of
 
 __all__ = ["is_backward_additive"]
@@ -71,7 +78,7 @@ def _is_additive(body: GraphModule, gradients: set[Node]) -> bool:
     for node in body.graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        name = _name(node)
+        name = op_name(node)
         on = [a for a in node.all_input_nodes if a in depends]
         if name in _ZEROS:
             zeros.add(node)
@@ -156,12 +163,5 @@ def _is_custom(node: Node) -> bool:
     target: Any = node.target
     if not isinstance(target, (OpOverload, OpOverloadPacket)):
         return False
-    name = getattr(target, "_qualified_op_name", None) or target._schema.name
-    return str(name).partition("::")[0] not in ("aten", "prims", "prim", "_c10d_functional")
-
-
-def _name(node: Node) -> str:
-    target: Any = node.target
-    if isinstance(target, OpOverload):
-        return str(target._schema.name).partition("::")[2]
-    return str(getattr(target, "__name__", target))
+    namespace = qualified_name(target).partition("::")[0]
+    return namespace not in ("aten", "prims", "prim", "_c10d_functional")

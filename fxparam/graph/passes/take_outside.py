@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import copy_dynamo_graph, is_erased, mark_as_added_input
-from fxparam._torch.tensors import is_wrapper_subclass
+from fxparam._torch.tensors import geometry, is_wrapper_subclass
 from fxparam.graph.analysis.bodies import call_of
 from fxparam.graph.analysis.effects import EffectTable, analyze
 from fxparam.graph.analysis.modes import switches_a_mode
@@ -259,12 +259,8 @@ def _is_returned(table: EffectTable, given: Node, node: Node) -> bool:
     a, b = value_of(given), value_of(node)
     if given.op != "placeholder" or not isinstance(b, torch.Tensor):
         return False
-    return table.of[given].storages == table.of[node].storages == table.of[node].writes and (
-        a.shape,
-        a.stride(),
-        a.storage_offset(),
-        a.dtype,
-    ) == (b.shape, b.stride(), b.storage_offset(), b.dtype)
+    same_memory = table.of[given].storages == table.of[node].storages == table.of[node].writes
+    return same_memory and geometry(a) == geometry(b)
 
 
 def _written(table: EffectTable, nodes: Iterable[Node]) -> frozenset[int]:
