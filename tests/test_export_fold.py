@@ -326,3 +326,29 @@ def test_nothing_is_left_of_modules_with_two_names(kind: Any, strict: bool) -> N
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     assert all(name.rpartition(".")[0] in names for name in held)
     assert not any(".parametrizations." in name for name in held)
+
+
+class _Uses(nn.Module):
+    """Reads a parametrized tensor, and its original, outside of the evaluation."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4, dtype=torch.float64)
+        parametrize.register_parametrization(self.a, "weight", step)
+
+    def forward(self, x: Tensor) -> Any:
+        original: Any = self.a.parametrizations.weight.original  # type: ignore[union-attr]
+        return self.a(x), self.a.weight * 2, original.norm()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("step", [nn.Identity, zoo.Symmetric])
+def test_what_uses_a_tensor_is_no_part_of_its_evaluation(
+    step: type[nn.Module], strict: bool
+) -> None:
+    model = _Uses(step()).eval()
+    folded = fxparam.export(model, (X,), strict=strict, fold=True)
+    runs_equal(folded, model, X)
+    torch.testing.assert_close(folded.state_dict["a.weight"], model.a.weight)
+    kept = {"a.parametrizations.weight.original"} if step is zoo.Symmetric else set()
+    assert folded.state_dict.keys() == {"a.bias", "a.weight"} | kept
