@@ -1,18 +1,22 @@
-"""FX graphs: rename nodes, copy Dynamo's graphs, find which argument a call writes."""
+"""FX graphs: copy and rename nodes, copy Dynamo's graphs, find which argument a call writes."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import Parameter
 
 from fxparam._torch.names import OpOverload, qualified_name
 
 __all__ = [
     "IN_PLACE_OPERATORS",
     "copy_dynamo_graph",
+    "copy_nodes",
+    "hold",
     "is_erased",
     "is_named_in_place",
     "mark_as_added_input",
@@ -85,6 +89,58 @@ def written_argument(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def copy_nodes(
+    nodes: Iterable[Node],
+    graph: Graph,
+    copies: dict[Node, Any],
+    *,
+    modules: tuple[GraphModule, GraphModule] | None = None,
+) -> None:
+    """Copy nodes into a graph, at its insertion point.
+
+    Args:
+        nodes: nodes of one graph, in order.
+        graph: the graph that gets the copies.
+        copies: what stands there for each node that is read; gets the copies. Nodes that are in it
+            already are not copied.
+        modules: the module whose attributes the nodes read, and the one that is to hold them for
+            the copies; None if it is the same module.
+    """
+    for node in nodes:
+        if node in copies:
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if modules is not None and node.op == "get_attr":
+            source, target = modules
+            name = str(node.target)
+            copies[node].target = hold(target, name, operator.attrgetter(name)(source))
+
+
+def hold(gm: GraphModule, name: str, value: Any) -> str:
+    """Let a graph module hold a value that nodes of its graph read.
+
+    Args:
+        gm: the graph module.
+        name: the name of the attribute; gets a number if the module holds something else there.
+        value: a tensor, which becomes no part of the module's state dict, or a module.
+
+    Returns:
+        The name to read it under.
+    """
+    stem = name = name.replace(".", "_")
+    number = 0
+    while hasattr(gm, name):
+        if getattr(gm, name) is value:
+            return name
+        number += 1
+        name = f"{stem}_{number}"
+    if isinstance(value, Tensor) and not isinstance(value, Parameter):
+        gm.register_buffer(name, value, persistent=False)
+    else:
+        setattr(gm, name, value)
+    return name
+
+
 def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     """Copy a graph of Dynamo's, with what AOTAutograd asks of one.
 
@@ -93,10 +149,9 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "placeholder":
-            copies[node]._dynamo_source = node._dynamo_source
+    copy_nodes(gm.graph.nodes, graph, copies)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        copies[node]._dynamo_source = node._dynamo_source
     module = GraphModule(gm, graph)
     module.meta.update(gm.meta)
     module._param_name_to_source = gm._param_name_to_source

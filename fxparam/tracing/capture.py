@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from fxparam._torch.dynamo import dynamo_export
-from fxparam._torch.fx import rename
+from fxparam._torch.fx import copy_nodes, rename
 from fxparam._torch.names import tree_flatten_with_path, tree_map, tree_unflatten
 from fxparam.graph.analysis.nodes import meta_with, value_of
 from fxparam.tracing.grad_mode import switch_grad_mode
@@ -114,11 +114,10 @@ def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cl
         if old.users:
             copies[old] = _part(graph, placeholder, path)
             copies[old].meta = dict(old.meta)
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "get_attr":
-            rename(copies[node], re.sub(r"\W", "_", str(node.target)))
+    inside = (node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
+    copy_nodes(inside, graph, copies)
+    for node in graph.find_nodes(op="get_attr"):
+        rename(node, re.sub(r"\W", "_", str(node.target)))
     flat: Any = gm.graph.output_node().args[0]
     graph.output(
         tree_unflatten([copies[v] if isinstance(v, Node) else v for v in flat], gm._out_spec)
