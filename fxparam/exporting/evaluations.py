@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.derived import PARAMETER
-from fxparam.graph.analysis.effects import EffectTable, analyze
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.nodes import body_of, is_view, owner, value_of
 from fxparam.graph.analysis.schemas import writes_nothing
 from fxparam.graph.passes.prologue import prologue_of

@@ -29,7 +29,7 @@ from fxparam.graph.analysis.nodes import attribute_of, body_of, tensors_in, valu
 from fxparam.graph.analysis.op_effects import UNKNOWN, OpEffects, Ops, is_torch
 from fxparam.graph.analysis.schemas import is_confined, may_alias, writes_nothing
 
-__all__ = ["EffectTable", "Effects", "analyze"]
+__all__ = ["analyze"]
 
 # Higher-order ops that do no more than run their bodies, beside those of graph/bodies.py, whose
 # operands are followed into the bodies. Others may do anything to their operands: register_hook

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.modes import grad_may_be_enabled
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 

@@ -16,7 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxparam._torch.fx import copy_nodes
 from fxparam.graph.analysis.derived import derive, is_parameter
-from fxparam.graph.analysis.effects import EffectTable, analyze
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.nodes import ancestors
 from fxparam.graph.rules import has_effects
 

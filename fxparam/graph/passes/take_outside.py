@@ -24,7 +24,8 @@ from torch.fx import GraphModule, Node
 from fxparam._torch.fx import copy_dynamo_graph, is_erased, mark_as_added_input
 from fxparam._torch.tensors import geometry, is_wrapper_subclass
 from fxparam.graph.analysis.bodies import call_of
-from fxparam.graph.analysis.effects import EffectTable, analyze
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.modes import switches_a_mode
 from fxparam.graph.analysis.nodes import ancestors, attribute_of, body_of, value_of
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
