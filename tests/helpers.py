@@ -118,3 +118,9 @@ def skip_unless_scans_train() -> None:
     """Skip a test that trains through scans which torch learnt to differentiate in 2.13."""
     if torch.__version__ < "2.13":
         pytest.skip("this torch cannot train through these scans")
+
+
+def shown(gm: torch.fx.GraphModule, name: str = "forward") -> str:
+    """Return the code of a graph without blank lines, indentation and what is freed."""
+    lines = [line.strip().partition(";")[0] for line in gm.code.splitlines() if line.strip()]
+    return "\n".join([lines[0].replace("forward", name), *lines[1:]])

@@ -35,7 +35,6 @@ ALLOWED[""] = set(ALLOWED) - {"demo", "__main__", "parametrize"}
 
 #: Private names of nodes, tensors, ops and graph modules of torch's.
 PRIVATE = {
-    "_base",
     "_cdata",
     "_dynamo_source",
     "_erased",

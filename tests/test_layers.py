@@ -15,6 +15,7 @@ from tests import layers
 PACKAGE = Path(fxparam.__file__).parent
 
 _SCHEMA = "no public form tells what an op declares"
+_WRAPPERS = "nothing but the module they are of tells Dynamo's wrappers"
 _BACKENDS = "torch.compiler.list_backends is the public form"
 _HELD = "a traced module pickles and prints by the tracer class on its graph"
 
@@ -28,7 +29,7 @@ EXCEPTIONS = {
     (
         "graph.analysis.additive",
         "torch._dynamo",
-    ): "the module of Dynamo's wrappers is all that tells",
+    ): _WRAPPERS,
     ("tracing.capture", "_out_spec"): "no public form tells how a captured graph's results nest",
     ("compiling.backend", "torch._dynamo"): _BACKENDS,
     ("compiling.backend", "torch._dynamo.list_backends"): _BACKENDS,

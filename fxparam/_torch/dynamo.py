@@ -1,4 +1,4 @@
-"""Dynamo: what it has traced so far, whom it traces for, and how to make it trace anew."""
+"""Dynamo: read the state of its present trace, find its backend, restart it, export with it."""
 
 from __future__ import annotations
 
@@ -38,20 +38,29 @@ annotate: Any = lookup("torch.fx.traceback", "annotate")
 
 
 def clear_trace_marks(keys: Iterable[str]) -> None:
-    """Remove marks that a trace has left behind, as one does that was left out of order."""
+    """Remove marks that an earlier trace has left behind.
+
+    A trace leaves its marks there when its blocks did not end in the order they began.
+
+    Args:
+        keys: the names of the marks.
+    """
     for key in keys:
         trace_marks().pop(key, None)
 
 
 def trace_marks() -> dict[str, Any]:
-    """What the nodes that are being traced are marked with."""
+    """Return the marks that the nodes traced now get, by their names; changing it changes them."""
     # Looked up each time: torch binds the name to another dictionary.
     marks: dict[str, Any] = lookup("torch.fx.traceback", "current_meta").get("custom") or {}
     return marks
 
 
 def trace_number() -> int:
-    """A number of its own for each time that Dynamo traces a frame; 0 while it traces none."""
+    """Return the number of the present trace; 0 while Dynamo traces nothing.
+
+    Each time that Dynamo traces a frame, the number is another one.
+    """
     output = _tracer_output()
     if output is None:
         return 0
@@ -63,6 +72,7 @@ _trace_numbers = itertools.count(1)
 
 
 def _tracer_output() -> Any:
+    """Return Dynamo's ``OutputGraph`` of the present trace; None while nothing is traced."""
     translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
     try:
         return translator.current_tx().output
@@ -77,13 +87,20 @@ def traced_code() -> types.CodeType | None:
 
 
 def compilation() -> object:
-    """What the attempts to compile a frame have in common, while Dynamo makes one."""
+    """Return an object that equals that of each other attempt to compile the present frame.
+
+    None while Dynamo traces nothing.
+    """
     output = _tracer_output()
     return None if output is None else output.dynamo_compile_id
 
 
 def traced_module(identity: int) -> torch.nn.Module | None:
-    """Return a module that Dynamo has seen in the present trace; None while it traces nothing."""
+    """Return a module that Dynamo has seen in the present trace; None if it has not.
+
+    Args:
+        identity: the ``id()`` of the module.
+    """
     output = _tracer_output()
     seen = {} if output is None else output.side_effects.id_to_variable
     module = getattr(seen.get(identity), "value", None)
@@ -99,6 +116,9 @@ def traces_function_modes() -> bool:
 def restart_trace(reason: str) -> NoReturn:
     """Let Dynamo trace the present frame once more, on another path.
 
+    Args:
+        reason: for Dynamo's log.
+
     Raises:
         torch._dynamo.exc.RestartAnalysis: of two kinds at once, one that Dynamo lets backends raise
             and one after which it does not expect to take the same path.
@@ -113,7 +133,8 @@ def restart_trace(reason: str) -> NoReturn:
 def is_in_traced_generator(own: types.CodeType) -> bool:
     """Check whether Dynamo is tracing the code of a generator, other than ``own`` code.
 
-    Dynamo keeps what it is tracing on the Python stack, one interpreter's ``run`` in another's.
+    Dynamo interprets an inlined call in a nested ``run`` of an interpreter, so that what it is
+    tracing stands on the Python stack.
     """
     generator = lookup("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
     frame = sys._getframe()
@@ -126,12 +147,16 @@ def is_in_traced_generator(own: types.CodeType) -> bool:
 
 
 def traced_assignments(module: int) -> list[str]:
-    """What traced code has changed of the attributes of a module and those in it, but tensors.
+    """Return what traced code has assigned to attributes of a module and its submodules.
 
-    Dynamo keeps assignments to itself until the graph has run, and only it knows them.
+    Assigned tensors are left out, and values equal to those that were there. Dynamo performs
+    assignments only after the graph has run; until then they stand in its side effects.
 
     Args:
-        module: its identity.
+        module: the ``id()`` of the module.
+
+    Returns:
+        One text for each assignment, to be compared with that of another moment.
     """
     tensor = lookup("torch._dynamo.variables", "TensorVariable")
     effects = _tracer_output().side_effects
@@ -146,13 +171,13 @@ def traced_assignments(module: int) -> list[str]:
 
 
 def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
-    """What traced code has changed of objects that were there before it.
+    """Find what traced code has changed of objects that were there before it.
 
-    Dynamo keeps changes to itself until the graph has run.
+    Dynamo makes changes only after the graph has run; until then they stand in its side effects.
 
     Yields:
-        An object, or a variable of Dynamo's that stands for one, with an attribute or key of it,
-        empty where that is not known, and the node of the tensor that is there now, if it is one.
+        For each change the object, or Dynamo's variable for it; the name of the changed attribute
+        or key, empty if not known; the node of the tensor assigned, None if it is no tensor.
     """
     output = _tracer_output()
     if output is None:
@@ -176,13 +201,16 @@ def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
 
 
 def held_as(owner: object, name: str) -> object:
-    """What an object has under the name of an attribute of its own, or a dictionary of a key."""
+    """Return a dictionary's value under a key, or the value of an object's own attribute.
+
+    None if there is none.
+    """
     held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
     return held.get(name)
 
 
 def _items_of(variable: Any) -> dict[str, Any]:
-    """What a dictionary that was changed holds, by name; nothing where that cannot be told."""
+    """Return the values of a changed dictionary by key; empty if the variable is no dictionary."""
     try:
         return {key.vt.as_python_constant(): value for key, value in variable.items.items()}
     except (AttributeError, NotImplementedError):
@@ -190,6 +218,7 @@ def _items_of(variable: Any) -> dict[str, Any]:
 
 
 def _tensor_node(variable: Any) -> torch.fx.Node | None:
+    """Return the node of one of Dynamo's variables; None if it stands for no tensor."""
     tensor = isinstance(variable, lookup("torch._dynamo.variables", "TensorVariable"))
     return variable.as_proxy().node if tensor else None
 
@@ -204,7 +233,7 @@ def _stands_for(variable: Any, value: object) -> bool:
 
 
 def _is_constant(variable: Any, value: object) -> bool:
-    """Whether one of Dynamo's variables stands for a Python value that is equal to another."""
+    """Check whether one of Dynamo's variables stands for a constant equal to ``value``."""
     constant = variable.as_python_constant() if variable.is_python_constant() else variable
     return type(constant) is type(value) and bool(constant == value)
 
@@ -224,7 +253,12 @@ def traced_for() -> object:
 
 
 def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
-    """One call of ``root`` as a graph of torch operations, which reads tensors as attributes."""
+    """Capture one call of ``root`` as a graph module.
+
+    Returns:
+        A graph of torch operations with flat inputs and outputs. It reads the tensors of ``root``
+        as attributes.
+    """
     # Every call traces anew. That is no recompilation to be limited.
     limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
     with lookup("torch._dynamo", "config").patch(limits):
@@ -242,7 +276,7 @@ def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
 
 
 def lookup_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Return the ``torch.compile`` backend of a name; a callable is its own."""
+    """Return the ``torch.compile`` backend registered under a name; a callable as it is."""
     # Imported when asked: the registry loads Dynamo.
     found: Callable[..., Any] = lookup("torch._dynamo.backends.registry", "lookup_backend")(inner)
     return found

@@ -1,29 +1,34 @@
-"""FX graphs: names and lives of nodes, and which argument a call writes, by torch's conventions."""
+"""FX graphs: copy and rename nodes, copy Dynamo's graphs, find which argument a call writes."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import Parameter
 
-from fxparam._torch.names import OpOverload
+from fxparam._torch.names import OpOverload, qualified_name
 
 __all__ = [
     "IN_PLACE_OPERATORS",
     "copy_dynamo_graph",
+    "copy_nodes",
+    "hold",
     "is_erased",
     "is_named_in_place",
     "mark_as_added_input",
     "op_name",
     "rename",
+    "unpickle_with",
     "written_argument",
 ]
 
 _NAMES = ["add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift"]
 _NAMES += ["sub", "truediv", "xor"]
-#: ``u += 1`` and its like: the operator of each method.
+#: The functions of in-place operators, by the names of their methods: ``__iadd__``.
 IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
     f"__i{name}__": getattr(operator, f"i{name}") for name in _NAMES
 }
@@ -32,6 +37,14 @@ IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
 def rename(node: Node, name: str) -> None:
     """Give a node a name, with a number behind it if another node has it."""
     node._rename(name)
+
+
+def unpickle_with(owner: GraphModule | Graph, tracer: Any) -> None:
+    """Let ``tracer`` trace the code of a graph, or of a graph module, when it is unpickled.
+
+    Tracing is how torch.fx makes a graph from a pickle, which holds code alone.
+    """
+    owner._tracer_cls = tracer
 
 
 def is_erased(node: Node) -> bool:
@@ -43,7 +56,7 @@ def op_name(node: Node) -> str:
     """Return the name of what a node calls, without namespace and overload: ``add_``."""
     target: Any = node.target
     if isinstance(target, OpOverload):
-        return str(target._schema.name).partition("::")[2]
+        return qualified_name(target).partition("::")[2]
     return str(getattr(target, "__name__", target))
 
 
@@ -76,17 +89,69 @@ def written_argument(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def copy_nodes(
+    nodes: Iterable[Node],
+    graph: Graph,
+    copies: dict[Node, Any],
+    *,
+    modules: tuple[GraphModule, GraphModule] | None = None,
+) -> None:
+    """Copy nodes into a graph, at its insertion point.
+
+    Args:
+        nodes: nodes of one graph, in order.
+        graph: the graph that gets the copies.
+        copies: what stands there for each node that is read; gets the copies. Nodes that are in it
+            already are not copied.
+        modules: the module whose attributes the nodes read, and the one that is to hold them for
+            the copies; None if it is the same module.
+    """
+    for node in nodes:
+        if node in copies:
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if modules is not None and node.op == "get_attr":
+            source, target = modules
+            name = str(node.target)
+            copies[node].target = hold(target, name, operator.attrgetter(name)(source))
+
+
+def hold(gm: GraphModule, name: str, value: Any) -> str:
+    """Let a graph module hold a value that nodes of its graph read.
+
+    Args:
+        gm: the graph module.
+        name: the name of the attribute; gets a number if the module holds something else there.
+        value: a tensor, which becomes no part of the module's state dict, or a module.
+
+    Returns:
+        The name to read it under.
+    """
+    stem = name = name.replace(".", "_")
+    number = 0
+    while hasattr(gm, name):
+        if getattr(gm, name) is value:
+            return name
+        number += 1
+        name = f"{stem}_{number}"
+    if isinstance(value, Tensor) and not isinstance(value, Parameter):
+        gm.register_buffer(name, value, persistent=False)
+    else:
+        setattr(gm, name, value)
+    return name
+
+
 def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     """Copy a graph of Dynamo's, with what AOTAutograd asks of one.
 
-    AOTAutograd reads the source of each input, and the names of parameters, off private attributes.
+    AOTAutograd reads two private attributes of such a graph, which ``Graph.node_copy`` and
+    ``GraphModule`` do not copy: the source of each input, and the sources of parameters by name.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "placeholder":
-            copies[node]._dynamo_source = node._dynamo_source
+    copy_nodes(gm.graph.nodes, graph, copies)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        copies[node]._dynamo_source = node._dynamo_source
     module = GraphModule(gm, graph)
     module.meta.update(gm.meta)
     module._param_name_to_source = gm._param_name_to_source
@@ -94,5 +159,8 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
 
 
 def mark_as_added_input(placeholder: Node) -> None:
-    """Say that an input of a Dynamo graph has no source, as DDP's optimizer says of its own."""
+    """Mark an input that we added to a Dynamo graph as one without a source.
+
+    AOTAutograd asks each input for its source. DDPOptimizer marks the inputs that it adds so too.
+    """
     placeholder._dynamo_source = None

@@ -19,13 +19,16 @@ _inductor_wrapper = lookup("torch", "_TorchCompileInductorWrapper")
 def inductor_with(
     mode: str | None, options: dict[str, Any] | None, **passes: Callable[[Any], None]
 ) -> Any:
-    """Inductor, configured as ``torch.compile(mode=, options=)`` configures it.
+    """Return Inductor as a backend, configured as ``torch.compile(mode=, options=)`` does it.
 
-    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are; their
-    checking and meaning live in this wrapper and nowhere else.
+    ``torch.compile`` hands ``mode`` and ``options`` to any other backend as they are. Only its
+    wrapper of Inductor checks them and knows what they mean.
 
-    ``passes`` are under the names of Inductor's options for passes of the user's own, and run
-    after those.
+    Args:
+        mode: as in ``torch.compile``.
+        options: as in ``torch.compile``.
+        passes: functions of a graph, each under the name of the Inductor option that takes such a
+            pass (``joint_custom_pre_pass``). A pass that the user has set there runs before.
     """
     inductor = _inductor_wrapper(mode, options, None)
     for name, function in passes.items():
@@ -42,7 +45,10 @@ def _inductor_config() -> Any:
 
 @functools.cache
 def _graph_pass(before: tuple[Any, ...], function: Callable[[Any], None]) -> Any:
-    """Inductor's graph pass of a function, made lazily: its base is slow to import."""
+    """Return Inductor's graph pass that runs the passes ``before`` and then a function.
+
+    Its class is made here and not at import, as its base class is slow to import.
+    """
     base = lookup("torch._inductor.custom_graph_pass", "CustomGraphPass")
     hash_files = lookup("torch._inductor.custom_graph_pass", "get_hash_for_files")
     package = Path(__file__).parents[1]

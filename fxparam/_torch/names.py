@@ -38,6 +38,8 @@ __all__ = [
     "is_composite",
     "is_opaque_reference",
     "lookup",
+    "qualified_name",
+    "schema_of",
     "schemas_of",
     "set_grad_enabled",
     "trace_artifact",
@@ -53,6 +55,11 @@ class UnsupportedTorchError(ImportError):
 
 
 def lookup(module: str, name: str) -> Any:
+    """Return an attribute of a module of torch's.
+
+    Raises:
+        UnsupportedTorchError: if there is no such module or attribute.
+    """
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -63,22 +70,27 @@ def lookup(module: str, name: str) -> Any:
         ) from error
 
 
-# Run an op on metadata alone, and see each ATen op below it: what graph/effects.py does.
+# Runs ops on metadata alone, without data.
 FakeTensorMode: Any = lookup("torch._subclasses.fake_tensor", "FakeTensorMode")
+# Holds the symbolic sizes of fake tensors.
 ShapeEnv: Any = lookup("torch.fx.experimental.symbolic_shapes", "ShapeEnv")
+# Sees each ATen op that runs in a block.
 TorchDispatchMode: Any = lookup("torch.utils._python_dispatch", "TorchDispatchMode")
+# The kinds of things that nodes call: an op that takes graphs (cond, scan), one overload of an ATen
+# op (aten.add.Tensor), all overloads of one (aten.add).
 HigherOrderOperator: Any = lookup("torch._ops", "HigherOrderOperator")
 OpOverload: Any = lookup("torch._ops", "OpOverload")
 OpOverloadPacket: Any = lookup("torch._ops", "OpOverloadPacket")
+# Nested containers as lists of leaves, and back.
 tree_flatten: Any = lookup("torch.utils._pytree", "tree_flatten")
 tree_flatten_with_path: Any = lookup("torch.utils._pytree", "tree_flatten_with_path")
 tree_unflatten: Any = lookup("torch.utils._pytree", "tree_unflatten")
 tree_map: Any = lookup("torch.utils._pytree", "tree_map")
-# The node by which graphs switch the grad mode, whoever captured them.
+# The function that graphs call to switch the grad mode, whoever captured them.
 set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
-# Where the contexts of the grad mode look that up.
+# The module in which torch.no_grad() and its like look that function up.
 grad_mode_namespace: Any = lookup("torch", "_C")
-# A node that raises where a tensor has another shape or dtype than it names.
+# An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
@@ -90,12 +102,25 @@ _has_kernel = lookup("torch._C", "_dispatch_has_kernel_for_dispatch_key")
 
 
 def builtin_name(function: object) -> str | None:
-    """The qualified name of the op that a function of torch's is, ``aten::linear``, or None."""
+    """Return the qualified name of the op behind a function of torch's: ``aten::linear``.
+
+    None for any other function.
+    """
     try:
         name: str | None = _find_builtin(function)
     except TypeError:  # not hashable
         return None
     return name
+
+
+def schema_of(overload: Any) -> Any:
+    """Return the schema of an ``OpOverload``: its arguments and results, and which it writes."""
+    return overload._schema
+
+
+def qualified_name(op: Any) -> str:
+    """Return the name of an ``OpOverload`` or its packet, without the overload: ``aten::add``."""
+    return str(op._schema.name if isinstance(op, OpOverload) else op._qualified_op_name)
 
 
 @functools.cache
@@ -105,7 +130,10 @@ def schemas_of(name: str) -> tuple[Any, ...]:
 
 
 def is_composite(schema: Any) -> bool:
-    """Whether an overload is made of other ops, so that its schema may say less than it does."""
+    """Check whether an overload is implemented by other ops.
+
+    Its schema may then not declare everything that those do.
+    """
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     try:
         return bool(_has_kernel(name, "CompositeImplicitAutograd"))
@@ -114,16 +142,15 @@ def is_composite(schema: Any) -> bool:
 
 
 def active_modes() -> tuple[object, ...]:
-    """Return the dispatch and function mode objects that see the operations run here, outermost
-    first.
-    """
+    """Return the dispatch modes and then the function modes around this code, outermost first."""
     return (*_dispatch_modes(), *_function_modes())
 
 
 def checkpoint_around() -> object:
-    """What stands for the call of a checkpointed function that this code runs in, or runs again.
+    """Return an object that identifies the call of a checkpointed function around this code.
 
-    None outside, and in the reentrant kind, which records nothing in forward.
+    Another one in each call, and when backward runs the function again. None outside, and in the
+    reentrant kind (``use_reentrant=True``), which records nothing in forward.
     """
     hooks = _saved_tensors_hooks(True)
     inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
@@ -138,13 +165,14 @@ def inside_functorch() -> bool:
 
 
 def call_with_hooks(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-    """What a call of a module does, which a tracer that replaces ``__call__`` does not see."""
+    """Call a module with its hooks, past a tracer that has replaced ``Module.__call__``."""
     return module._call_impl(*args)  # type: ignore[no-untyped-call]
 
 
 def behind_proxy(module: torch.nn.Module) -> torch.nn.Module:
-    """Return the module itself where a tracer (of non-strict export) shows proxies, new at each
-    access.
+    """Return the module that a proxy stands for; a module that is no proxy as it is.
+
+    Non-strict export shows a proxy in place of each module, a new one at each access.
     """
     tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
     if tracing is None or not isinstance(module, getattr(tracing, "_AttrProxy", ())):
@@ -168,7 +196,12 @@ def is_opaque_reference(value: object) -> bool:
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Put a text among the structured traces of a compilation, where tlparse shows it."""
+    """Add a text to the structured trace of a compilation, which ``tlparse`` displays.
+
+    Args:
+        name: the name of the artifact.
+        text: returns the text; not called if no structured trace is written.
+    """
     emit = lookup("torch._logging", "trace_structured")
     emit(
         "artifact",

@@ -1,4 +1,8 @@
-"""What tells tensors apart: the memory they live in, and how they lie in it."""
+"""Tensors: their storage, how they lie in it, their version counters and wrappers.
+
+This is the one home of the question whether two tensors are the same memory (:func:`share_memory`)
+seen in the same way (:func:`geometry`).
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,11 @@ _is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrap
 
 
 def storage_identity(tensor: Any) -> tuple[object, object]:
-    """Return the storage behind ``tensor``, to be held so that none takes its place, and its
-    number.
+    """Return the storage behind ``tensor`` and a number that identifies it while it is held.
 
-    ``(None, None)`` for a tensor without storage: a wrapper subclass, a functorch wrapper, a sparse
-    tensor. The number is the storage's address as an object, not that of its data: a fake tensor
-    has no data, and warns when asked.
+    Once a storage is freed, another may get its number. ``(None, None)`` for a tensor without
+    storage: a wrapper subclass, a functorch wrapper, a sparse tensor. The number is the address of
+    the storage as an object, not that of its data: a fake tensor has no data, and warns when asked.
     """
     try:
         storage = tensor.untyped_storage()
@@ -40,14 +43,16 @@ def storage_identity(tensor: Any) -> tuple[object, object]:
 
 
 def functorch_level(tensor: torch.Tensor) -> int:
-    """Return the nesting level of the transform that wraps ``tensor``; -1 for a tensor that none
-    wraps.
+    """Return the nesting level of the ``torch.func`` transform that wraps ``tensor``; -1 if none
+    does.
     """
     return int(_level(tensor))
 
 
 def is_wrapper_subclass(tensor: object) -> bool:
-    """Whether ``tensor`` is of a subclass that holds other tensors (``__tensor_flatten__``)."""
+    """Check whether ``tensor`` is of a subclass that holds other tensors
+    (``__tensor_flatten__``).
+    """
     return bool(_is_wrapper_subclass(tensor))
 
 
@@ -57,7 +62,10 @@ def is_view_of_another(tensor: torch.Tensor) -> bool:
 
 
 def storage_of(tensor: Any) -> object:
-    """Return what tensors of the same memory have in common; None for one without a storage."""
+    """Return the number of the storage behind ``tensor``, equal for tensors that share memory.
+
+    None for one without a storage. The number holds while some tensor keeps the storage alive.
+    """
     return storage_identity(tensor)[1]
 
 

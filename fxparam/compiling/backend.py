@@ -150,7 +150,7 @@ def backend(
     torch.Size([1, 2])
     """
     if isinstance(inner, str):
-        names = torch._dynamo.list_backends(exclude_tags=())
+        names = torch.compiler.list_backends(exclude_tags=())
         if inner not in names:
             known = ", ".join(sorted(set(names) - {"fxparam"}))
             raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")

@@ -51,7 +51,7 @@ def adopt(model: M) -> M:
 
 
 def _class_for(module: Module) -> type | None:
-    """Return the class ``module`` should have among ours; None if it has it."""
+    """Return our class for ``module``; None if it has that already or is not parametrized."""
     cls = type(module)
     original = original_class(cls) or cls
     if original is torch_parametrize.ParametrizationList:
@@ -64,8 +64,9 @@ def _class_for(module: Module) -> type | None:
 
 
 def _torch_made(cls: type) -> bool:
-    """Check whether a class that torch's functions made is below ``cls`` (FSDP puts its own on
-    top).
+    """Check whether ``cls`` derives from a class that torch's functions made.
+
+    FSDP puts a class of its own on top of one.
     """
     return any(
         base.__module__ == "torch.nn.utils.parametrize" and original_class(base) is not None

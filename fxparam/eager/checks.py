@@ -1,6 +1,6 @@
-"""What has to hold before a tensor is parametrized, assigned, or parametrized further.
+"""Checks before a tensor is parametrized, assigned, or parametrized further.
 
-Each check names the contract it is about, what was required and what was found. The types of the
+The message of each names the contract, what was required and what was found. The types of the
 errors are torch's.
 """
 
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fxparam._torch.names import is_opaque_reference
 from fxparam.eager.classes import chains_of
+from fxparam.eager.describe import kind_of, spelled, tensors_of
 
 __all__ = [
     "NotAModuleError",
@@ -32,7 +33,7 @@ _UNLESS = "of the tensor, unless the `unsafe` flag is enabled."
 
 
 class NotAModuleError(TypeError, AttributeError):
-    """Something else was given where a ``torch.nn.Module`` is needed.
+    """Raised for an argument that should be a ``torch.nn.Module`` and is not.
 
     torch raises an AttributeError for most such mistakes and a TypeError for some; this is both.
     """
@@ -42,10 +43,10 @@ def check_modules(**arguments: object) -> None:
     """Raise NotAModuleError unless each argument is a module."""
     for name, value in arguments.items():
         if not isinstance(value, Module):
-            hint = " (a class: make an instance)" if isinstance(value, type) else ""
+            hint = " (make an instance)" if isinstance(value, type) else ""
             raise NotAModuleError(
                 f"`{name}` must be a torch.nn.Module.\nrequired: an instance of torch.nn.Module\n"
-                f"found: {value!r} of type {type(value).__name__}{hint}"
+                f"found: {kind_of(value)}{hint}"
             )
 
 
@@ -63,10 +64,10 @@ def registrable(module: Module, name: str) -> Tensor:
     """Return the parameter or buffer ``module.<name>``, if it can be parametrized."""
     store = module._buffers if name in module._buffers else module._parameters
     if name not in store:
-        present = [*module._parameters, *module._buffers]
         raise ValueError(
-            f"Module '{module}' does not have a parameter, a buffer, or a parametrized element "
-            f"with name '{name}'\nits parameters and buffers: {present}\nasked for: '{name}'"
+            f"Module '{kind_of(module)}' does not have a parameter, a buffer, or a parametrized "
+            f"element with name {spelled(name)}\n"
+            f"its parameters and buffers: {tensors_of(module)}\nasked for: {spelled(name)}"
         )
     tensor = store[name]
     if tensor is None:
@@ -86,6 +87,12 @@ def registrable(module: Module, name: str) -> Tensor:
 
 
 def _check_name(module: Module, name: str) -> None:
+    """Raise if the module cannot keep a parametrization list under ``name``.
+
+    Raises:
+        ValueError: if its attribute ``parametrizations`` is something else than a ModuleDict.
+        KeyError: if a ModuleDict has an attribute of that name.
+    """
     present = getattr(module, "parametrizations", None) if name != "parametrizations" else name
     if present is not None and not isinstance(present, ModuleDict):
         raise ValueError(
@@ -103,6 +110,7 @@ def _check_name(module: Module, name: str) -> None:
 
 
 def shape_and_dtype(original: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Return the shape and the dtype that a value must have."""
     return original.shape, original.dtype
 
 
@@ -116,7 +124,13 @@ def _tensor(value: object) -> Tensor:
 
 
 def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Return the value of a newly parametrized tensor has the shape and dtype of the tensor."""
+    """Raise ValueError unless ``value`` is a tensor of the given shape and dtype.
+
+    Args:
+        value: the value of a newly parametrized tensor.
+        shape: the shape of the tensor before.
+        dtype: its dtype.
+    """
     value = _tensor(value)
     if value.dtype != dtype:
         raise ValueError(
@@ -131,7 +145,16 @@ def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
 
 
 def check_appended(value: Tensor, parametrization: Module, name: str) -> None:
-    """A further parametrization maps the tensor's space to itself, and so does its inverse."""
+    """Raise ValueError unless a further parametrization maps a value to one of its kind.
+
+    Its result, and what its right inverse makes of that, must have the shape and dtype of
+    ``value``. The right inverse may be missing.
+
+    Args:
+        value: the present value of ``module.<name>``.
+        parametrization: the one to be appended.
+        name: the name of the tensor.
+    """
     result = _tensor(parametrization(value))
     for what in ("dtype", "shape"):
         if getattr(result, what) != getattr(value, what):
@@ -164,8 +187,15 @@ def check_appended(value: Tensor, parametrization: Module, name: str) -> None:
 
 
 def assigned_originals(chain: Any, new: Any) -> dict[str, Any]:
-    """Return the originals by name, for the result ``new`` of the right inverses of an assigned
-    value.
+    """Return the new value of each original, by its name.
+
+    Args:
+        chain: a ``ParametrizationList``.
+        new: the result of its right inverses for an assigned value.
+
+    Raises:
+        ValueError: if ``new`` has not the form it had at registration (one tensor, or so many of
+            them), or another dtype than the originals.
     """
     if chain.is_tensor:
         if not isinstance(new, Tensor):

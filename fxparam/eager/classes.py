@@ -45,8 +45,9 @@ def chain_of(module: Module, name: str) -> Any:
 
 
 def original_class(cls: type) -> type | None:
-    """Return the class before parametrizations, if ``cls`` is one that ours or torch's functions
-    made.
+    """Return the class that a parametrized module had before.
+
+    None if ``cls`` was made neither by ours nor by torch's functions.
     """
     if KEY in cls.__dict__:
         original: type = cls.__dict__[KEY][0]
@@ -87,8 +88,10 @@ def make_class(original: type, names: frozenset[str]) -> type:
 
 @lru_cache(maxsize=64)
 def _metaclass(base: Any) -> Any:
-    """Return a metaclass, derived from that of the original class, which keeps a shared class as it
-    is.
+    """Return a metaclass for shared classes, which lets torch's functions not change them.
+
+    Args:
+        base: the metaclass of the original class, from which it is derived.
     """
 
     def set_attribute(cls: type, name: str, value: object) -> None:
@@ -112,7 +115,11 @@ def _metaclass(base: Any) -> Any:
 
 
 def _property(original: type, name: str) -> property:
-    """``module.<name>``: evaluated at each access, or shared by the region around it."""
+    """Return the property ``<name>`` of a shared class.
+
+    Reading evaluates, or gives the value of the region around; assigning applies right inverses. A
+    module without such a list gets what a plain attribute would give.
+    """
     # Decided here, as Dynamo traces what follows and cannot look into classes.
     plain = _Plain(original, name) if hasattr(original, name) else None
 
@@ -147,7 +154,7 @@ def _is_ours(attribute: object) -> bool:
 
 
 def _stored(module: Module, name: str) -> Any:
-    """``module.<name>`` of an instance that has no parametrization of that name."""
+    """Return ``module.<name>`` as ``nn.Module`` would, for an instance without such a list."""
     for store in (module.__dict__, module._parameters, module._buffers, module._modules):
         if name in store:
             return store[name]
@@ -156,7 +163,10 @@ def _stored(module: Module, name: str) -> Any:
 
 
 class _Plain:
-    """The same where the original class has an attribute of that name: a default, a property."""
+    """Reads and sets ``module.<name>`` where the original class has an attribute of that name.
+
+    It may be a default or a descriptor, such as a property.
+    """
 
     def __init__(self, original: type, name: str) -> None:
         self.original, self.name = original, name
@@ -177,7 +187,16 @@ class _Plain:
 
 
 def rebuild(original: type, names: tuple[str, ...], make: Any, *arguments: Any) -> Any:
-    """Make an instance of a shared class as the original class makes its own; pickles name this."""
+    """Make an instance of a shared class, when it is unpickled or copied.
+
+    Pickles hold the name of this function.
+
+    Args:
+        original: the original class.
+        names: the parametrized tensors of the shared class.
+        make: the function that makes an instance of the original class.
+        arguments: its arguments.
+    """
     instance = make(*arguments)
     if type(instance) is original:
         object.__setattr__(instance, "__class__", make_class(original, frozenset(names)))

@@ -1,4 +1,4 @@
-"""From the value a tensor has to the original tensors it is computed from.
+"""Right inverses: compute the originals of a value, and write them.
 
 Everything here computes and checks; :class:`Writes` alone changes tensors, and does so last. A
 write keeps the identity of the tensor written to, so that optimizers still hold it.
@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 
 from fxparam._torch.names import is_opaque_reference
 from fxparam._torch.tensors import is_wrapper_subclass
+from fxparam.eager.describe import first_names, kind_of
 
 __all__ = ["Writes", "initial_originals", "like_parameter", "register", "right_inverses"]
 
@@ -27,10 +28,12 @@ class Writes:
         self._planned: list[tuple[Tensor, Tensor]] = []
 
     def plan(self, target: Tensor, value: Tensor) -> None:
+        """Add a write of ``value`` to ``target``; nothing is written yet."""
         if value is not target:
             self._planned.append((target, value))
 
     def commit(self) -> None:
+        """Do every write; if one fails, undo those before it and raise its error."""
         undo: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             try:
@@ -65,7 +68,7 @@ def register(module: Module, name: str, tensor: Tensor) -> None:
 
 
 def like_parameter(value: Tensor, model: Tensor) -> Tensor:
-    """``value`` as a parameter if ``model`` is one, asking for a gradient as ``model`` does."""
+    """Return ``value`` with the ``requires_grad`` of ``model``, as a parameter if that is one."""
     if isinstance(model, Parameter):
         return Parameter(value, requires_grad=model.requires_grad)
     if value.requires_grad != model.requires_grad:
@@ -92,8 +95,8 @@ def right_inverses(steps: Sequence[Module], value: Tensor, *, required: bool) ->
                 if required:
                     raise RuntimeError(
                         "Assigning to a parametrized tensor needs the right_inverse of each of its "
-                        f"parametrizations, and {type(step).__name__} does not implement "
-                        f"right_inverse.\nparametrizations: {_names(steps)}\n"
+                        f"parametrizations, and {kind_of(step)} does not implement "
+                        f"right_inverse.\nparametrizations: {first_names(map(kind_of, steps))}\n"
                         "Implement it, or write to the original tensors instead."
                     )
                 continue
@@ -105,14 +108,14 @@ def right_inverses(steps: Sequence[Module], value: Tensor, *, required: bool) ->
     return value
 
 
-def _names(steps: Sequence[Module]) -> str:
-    return ", ".join(type(step).__name__ for step in steps)
-
-
 def initial_originals(original: Tensor, new: Any) -> dict[str, Any]:
-    """Return the originals by name, for the result ``new`` of the right inverses of ``original``.
+    """Return the originals of a newly parametrized tensor by their names.
 
     None of them is ``original`` itself unless ``new`` is, or contains, it.
+
+    Args:
+        original: the tensor to be parametrized.
+        new: the result of the right inverses for it.
 
     Raises:
         ValueError: if ``new`` is neither a tensor of the dtype and device of ``original``, nor a

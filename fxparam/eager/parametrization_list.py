@@ -1,4 +1,4 @@
-"""The container of the parametrizations of one tensor, with the originals they start from."""
+"""``ParametrizationList``: the parametrizations of one tensor and its originals."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
             setattr(self, name, value)
 
     def _steps(self) -> list[Module]:
-        """The parametrizations; not the ``parametrizations`` of the originals, when nested."""
+        """Return the parametrizations, without the ``parametrizations`` of nested originals."""
         return [step for key, step in self._modules.items() if key.isdigit() and step is not None]
 
     def append(self, module: Module) -> ParametrizationList:

@@ -5,7 +5,8 @@ takes its place in what is pickled, and the shared class is made again on the ot
 
 ``torch.nn.utils.parametrizations.weight_norm`` registers a function defined inside it, which no
 pickle can name: it renames the keys of state dicts from before parametrizations. An equal hook of
-a class defined here takes its place in what is pickled.
+a class defined here takes its place in what is pickled
+(https://github.com/pytorch/pytorch/issues/137409).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import Module
 
 __all__ = ["KEY", "WeightNormKeys", "reduce_method", "setstate_method"]
 
-#: Attribute of a shared class: the original class and the names it was made for.
+#: The attribute of a shared class that holds its original class and its parametrized names.
 KEY = "_fxparam_key"
 _HOOKS = "_load_state_dict_pre_hooks"
 
@@ -27,7 +28,7 @@ _HOOKS = "_load_state_dict_pre_hooks"
 def reduce_method(
     original: Any, names: frozenset[str], rebuild: Callable[..., Any]
 ) -> Callable[[Any, Any], Any]:
-    """``__reduce_ex__`` of a shared class, which serves pickle, ``torch.save`` and ``copy``.
+    """Return the ``__reduce_ex__`` of a shared class, for pickle, ``torch.save`` and ``copy``.
 
     The original class says how its instances are reduced (its own ``__reduce_ex__``,
     ``__reduce__``, ``__getstate__``); the shared class, which no module holds under its name, is
@@ -59,8 +60,9 @@ def reduce_method(
 
 
 def _with_slots(module: Module, original: Any, state: Any) -> Any:
-    """Return the state with what a class with ``__slots__`` has in them, which a plain module's
-    lacks.
+    """Return the state of a module together with the values of its class's ``__slots__``.
+
+    ``Module.__getstate__`` leaves them out. A state of any other form is returned as it is.
     """
     names = copyreg._slotnames(type(module))  # type: ignore[attr-defined]
     slots = {name: getattr(module, name) for name in names if hasattr(module, name)}
@@ -70,6 +72,8 @@ def _with_slots(module: Module, original: Any, state: Any) -> Any:
 
 
 def setstate_method(original: Any) -> Callable[[Any, Any], None]:
+    """Return the ``__setstate__`` of a shared class, which takes states with slots too."""
+
     def __setstate__(self: Any, state: Any) -> None:
         slots: dict[str, Any] = {}
         if isinstance(state, tuple) and original.__setstate__ is Module.__setstate__:
@@ -96,8 +100,9 @@ class WeightNormKeys:
 
 
 def _with_picklable_hooks(state: Any) -> Any:
-    """Return the state of a module with torch's weight norm hooks replaced; others stay as they
-    are.
+    """Return the state of a module with :class:`WeightNormKeys` for torch's weight norm hooks.
+
+    Other hooks stay as they are. ``test_torch_parametrizations`` needs the replacement.
     """
     hooks = state.get(_HOOKS) if isinstance(state, dict) else None
     if not hooks:

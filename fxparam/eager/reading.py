@@ -1,4 +1,4 @@
-"""How a parametrized tensor is read: by evaluating it, unless a scope says otherwise.
+"""Reading a parametrized tensor: evaluate it, unless a scope reads it in another way.
 
 The eager half knows no scopes. ``fxparam.scopes`` puts a :class:`Reading` of its own in this
 module's place for one, and the properties of parametrized modules ask it.

@@ -15,6 +15,7 @@ from torch.nn import Module, ModuleDict, Parameter
 
 from fxparam.eager import checks, reading
 from fxparam.eager.classes import chain_of, chains_of, make_class, original_class
+from fxparam.eager.describe import first_names, kind_of, spelled
 from fxparam.eager.originals import Writes, register
 from fxparam.eager.parametrization_list import ParametrizationList
 from fxparam.eager.rollback import unchanged_if_refused
@@ -160,8 +161,9 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
     chain = chain_of(module, tensor_name) if present else None
     if chain is None:
         raise ValueError(
-            f"Module '{module}' does not have a parametrization on '{tensor_name}'\n"
-            f"parametrized: {sorted(present or ())}\nasked for: '{tensor_name}'"
+            f"Module '{kind_of(module)}' does not have a parametrization on "
+            f"{spelled(tensor_name)}\nparametrized: {first_names(sorted(present or ()))}\n"
+            f"asked for: {spelled(tensor_name)}"
         )
     with unchanged_if_refused(chain):
         plain = _plain_tensor(module, tensor_name, chain, leave_parametrized)
@@ -271,7 +273,10 @@ def _class_without(module: Module, name: str) -> type:
 
 
 def _install(module: Module, name: str, chain: ParametrizationList, cls: type) -> None:
-    """Return the change itself, after every check: nothing here can fail."""
+    """Put a list in the place of ``module.<name>`` and give the module its new class.
+
+    Every check has passed: nothing here can fail.
+    """
     chains = chains_of(module)
     if chains is None:
         chains = ModuleDict()
@@ -286,6 +291,7 @@ def _install(module: Module, name: str, chain: ParametrizationList, cls: type) -
 
 
 def _restore(module: Module, name: str, tensor: Tensor) -> None:
+    """Register ``tensor`` on ``module`` as a plain parameter or buffer."""
     if hasattr(type(module), name):
         # The class has an attribute of this name, for which register_parameter refuses.
         store: Any = module._parameters if isinstance(tensor, Parameter) else module._buffers
@@ -295,7 +301,11 @@ def _restore(module: Module, name: str, tensor: Tensor) -> None:
 
 
 def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
-    """The tensor that takes the place of the parametrized one, with its value already in it."""
+    """Return the tensor that takes the place of a parametrized one, with its value written to it.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`remove_parametrizations` says.
+    """
     if not leave_parametrized and not chain.is_tensor:
         raise ValueError(
             "Cannot leave unparametrized (`leave_parametrized=False`) a tensor that is "
@@ -311,6 +321,16 @@ def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: boo
         value = getattr(module, name) if leave_parametrized else chain.original
         if reading.present().is_shared():
             value = value.clone()
+    _store(target, value)
+    return target
+
+
+def _store(target: Tensor, value: Tensor) -> None:
+    """Write the value of a parametrized tensor to its original, which stays.
+
+    Raises:
+        RuntimeError: if torch cannot; the message says what to do instead.
+    """
     writes = Writes()
     writes.plan(target, value)
     try:
@@ -326,11 +346,10 @@ def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: boo
             "torch.__future__.set_swap_module_params_on_conversion(True); swapping in turn needs "
             "that no autograd graph holds the original."
         ) from error
-    return target
 
 
 def _new_plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
-    """Return the plain tensor where there are several originals, none of which can become it."""
+    """Return a new tensor with the value of a parametrized one that has several originals."""
     value: Tensor
     with torch.enable_grad():  # whether it requires a gradient does not depend on the caller's mode
         value = getattr(module, name) if leave_parametrized else chain.original

@@ -8,7 +8,7 @@ keep the last result.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from fxparam._torch.tensors import storage_identity
+from fxparam._torch.tensors import geometry, storage_of, version_of
 
-__all__ = ["attributes_kept", "unchanged_if_refused"]
+__all__ = ["Attributes", "attributes_kept", "unchanged_if_refused"]
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -27,11 +27,11 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 @contextmanager
 def attributes_kept(root: Module) -> Iterator[None]:
     """Give ``root`` and the modules in it their attributes back, whatever the block assigned."""
-    restore = _attributes(list(root.modules()))
+    before = Attributes(root.modules())
     try:
         yield
     finally:
-        restore()
+        before.restore()
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def unchanged_if_refused(*roots: Module, tensor: Tensor | None = None) -> Iterat
     held = {id(t): t for module in modules for t in _tensors_of(module)}
     if tensor is not None:
         held[id(tensor)] = tensor
-    steps = [_attributes(modules), *map(_values, held.values())]
+    steps = [Attributes(modules).restore, *map(_values, held.values())]
     try:
         yield
     except BaseException:
@@ -61,26 +61,35 @@ def _tensors_of(module: Module) -> Iterator[Tensor]:
         yield from (value for value in store.values() if isinstance(value, Tensor))
 
 
-def _attributes(modules: Sequence[Module]) -> Callable[[], None]:
-    """What puts attributes back, and what is in those that are containers."""
-    # Apart from the attributes: a scripted module's are elsewhere.
-    training = [(module, module.training) for module in modules]
-    containers: list[Any] = []
-    for module in modules:
-        attributes = vars(module)
-        containers += [attributes, *(v for v in attributes.values() if type(v) in _CONTAINERS)]
-    before = [(container, container.copy()) for container in containers]
+class Attributes:
+    """The attributes of modules, as they are now, to be put back later.
 
-    def restore() -> None:
-        for container, content in before:
+    Remembered are the attributes themselves, parameters and buffers included, and what is in those
+    that are dictionaries, lists or sets; of tensors the identity, not the values.
+
+    Args:
+        modules: the modules; not their submodules.
+    """
+
+    def __init__(self, modules: Iterable[Module]) -> None:
+        # Apart from the attributes: a scripted module's are elsewhere.
+        self._training: list[tuple[Module, bool]] = []
+        self._before: list[tuple[Any, Any]] = []
+        for module in modules:
+            self._training.append((module, module.training))
+            attributes = vars(module)
+            containers = (v for v in attributes.values() if type(v) in _CONTAINERS)
+            self._before += [(each, each.copy()) for each in (attributes, *containers)]
+
+    def restore(self) -> None:
+        """Put the attributes back."""
+        for container, content in self._before:
             if not _is_same(container, content):
                 container.clear()
                 refill = container.extend if isinstance(container, list) else container.update
                 refill(content)
-        for module, mode in training:
+        for module, mode in self._training:
             module.training = mode
-
-    return restore
 
 
 def _is_same(container: Any, content: Any) -> bool:
@@ -92,18 +101,18 @@ def _is_same(container: Any, content: Any) -> bool:
 
 
 def _values(tensor: Tensor) -> Callable[[], None]:
-    """What puts the values of a tensor back, if they were written or exchanged."""
+    """Return a function that puts the values of a tensor back, if they were changed."""
     if is_lazy(tensor) or tensor.is_inference():
         # No values yet; or no version counter, and not to be written outside inference mode.
         return lambda: None
-    alias, version, asks = tensor.detach(), tensor._version, tensor.requires_grad
+    alias, version, asks = tensor.detach(), version_of(tensor), tensor.requires_grad
     saved = alias.clone()
 
     def restore() -> None:
         with torch.no_grad():
-            if _memory(tensor) != _memory(alias):
+            if _place(tensor) != _place(alias):
                 tensor.data = alias
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 tensor.copy_(saved)
             if tensor.requires_grad != asks:
                 tensor.detach_().requires_grad_(asks)
@@ -111,6 +120,6 @@ def _values(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return storage_identity(tensor)[1], tensor.shape, strides
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return the storage of a tensor, None if it has none, and how the tensor lies in it."""
+    return storage_of(tensor), geometry(tensor)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fxparam.eager import checks
-from fxparam.eager.classes import chain_of
+from fxparam.eager.classes import chain_of, chains_of
+from fxparam.eager.describe import first_names
 from fxparam.eager.parametrization_list import ParametrizationList
 
 __all__ = ["transferred"]
@@ -17,10 +18,10 @@ M = TypeVar("M", bound=Module)
 
 
 def transferred(source: Module, target: Module, name: str) -> ParametrizationList:
-    """Return the list that ``target.<name>`` gets: the parametrizations and originals of
-    ``source``'s.
+    """Return the list that ``target.<name>`` gets.
 
-    ``target`` is not changed, nor are its tensors: the checks run on copies of them.
+    It has the parametrizations and originals of ``source.<name>``'s list. ``target`` is not
+    changed, nor are its tensors: the checks run on copies of them.
 
     Raises:
         KeyError: if ``source.<name>`` is not parametrized.
@@ -36,7 +37,7 @@ def transferred(source: Module, target: Module, name: str) -> ParametrizationLis
     if given is None:
         raise KeyError(
             "transfer_parametrizations_and_params needs a parametrized tensor to transfer; "
-            f"asked for: '{name}'; parametrized: {sorted(source.parametrizations)}"  # type: ignore[arg-type]
+            f"asked for: '{name}'; parametrized: {first_names(sorted(chains_of(source) or ()))}"
         )
     chain: ParametrizationList = _extended(source, target, name, list(given))
     if hasattr(given, "original"):
@@ -48,7 +49,7 @@ def transferred(source: Module, target: Module, name: str) -> ParametrizationLis
 
 
 def _extended(source: Module, target: Module, name: str, steps: list[Module]) -> Any:
-    """Return a list with ``steps`` after what ``target.<name>`` already has; every check passed."""
+    """Return a new list of what ``target.<name>`` already has and then ``steps``, all checked."""
     present: Any = chain_of(target, name)
     if present is not None:
         # A copy with containers of its own: the parametrizations and originals are shared.

@@ -1,4 +1,4 @@
-"""Whether evaluations change Python attributes, which no graph shows.
+"""Check whether evaluations change Python attributes, which no graph shows.
 
     self.calls += 1
     return x * self.calls       each evaluation is another function
@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxparam._torch.names import tree_flatten
+from fxparam.eager import rollback
 
 __all__ = ["Attributes"]
 
@@ -24,16 +25,17 @@ _STANDARD = set(vars(Module())) - {"training"}
 class Attributes:
     """The attributes of a model's parametrizations, while one call of it is traced.
 
-    What is seen is what was assigned, or put into lists and dictionaries. Attributes that are new
-    are removed at the end; the others ``torch.export`` puts back.
+    Seen are assignments, and changes of lists and dictionaries. At the end of the block the
+    attributes are put back.
 
     Attributes:
-        changed: whether the call left others behind; True, too, if it did not come to its end.
+        changed: whether the call changed any; True as well if it did not come to its end.
     """
 
     def __init__(self, model: Module) -> None:
         chains = [chain for chain in model.modules() if isinstance(chain, ParametrizationList)]
-        self._modules = {part: set(vars(part)) for chain in chains for part in chain.modules()}
+        self._modules = list(dict.fromkeys(part for c in chains for part in c.modules()))
+        self._kept = rollback.Attributes(self._modules)
         self._model = model
         self._before: list[tuple[list[Any], Any]] | None = None
         self.changed = True
@@ -49,9 +51,7 @@ class Attributes:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, names in self._modules.items():
-            for name in set(vars(module)) - names:
-                del vars(module)[name]
+        self._kept.restore()
 
     def _remember(self, *_: object) -> None:
         if self._before is None:  # a model may call itself
@@ -62,7 +62,7 @@ class Attributes:
         self.changed = not all(map(_are_same, self._now(), self._before))
 
     def _now(self) -> list[tuple[list[Any], Any]]:
-        """What the attributes hold, as leaves and structure."""
+        """Return the present attributes and buffers, as leaves and structure."""
         return [
             tree_flatten(
                 [

@@ -1,7 +1,9 @@
 """Which nodes of an exported program evaluate parametrizations, and whether that can be done now.
 
-Export says so by module stacks, but for what it traces in the bodies of loops and branches; that is
-known by the originals that it is computed from.
+Export says so by module stacks. In programs that :func:`fxparam.export` captures, nodes are marked
+by them at once, since passes change the stacks of what they move. No stack have the nodes that
+non-strict export traces in the bodies of loops and branches: what came out of one, and whatever the
+stacks of a program from elsewhere do not say, is known by the originals that it is computed from.
 """
 
 from __future__ import annotations
@@ -13,13 +15,26 @@ from collections.abc import Iterator, Mapping
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.derived import PARAMETER
-from fxparam.graph.analysis.effects import EffectTable, analyze
-from fxparam.graph.analysis.nodes import is_view, owner, value_of
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
+from fxparam.graph.analysis.nodes import body_of, is_view, owner, value_of
 from fxparam.graph.analysis.schemas import writes_nothing
 from fxparam.graph.passes.prologue import prologue_of
 from fxparam.graph.rules import Rule, has_effects
 
-__all__ = ["IN_A_BODY", "UNDER_AUTOCAST", "evaluated_tensor", "parts_of", "refusal", "values_of"]
+__all__ = [
+    "EVALUATES",
+    "IN_A_BODY",
+    "UNDER_AUTOCAST",
+    "cannot_fold",
+    "evaluated_tensor",
+    "mark_evaluations",
+    "parts_of",
+    "values_of",
+]
+
+#: Key of a node's metadata: the name of the tensor that it evaluates a part of; None for no tensor.
+EVALUATES = "fxparam.evaluates"
 
 IN_A_BODY = "the body of a loop or branch evaluates it, or reads an original of it"
 UNDER_AUTOCAST = "it is evaluated under autocast around a loop or branch"
@@ -36,49 +51,94 @@ def evaluated_tensor(original: object) -> str | None:
     return None if match is None else (match[1] or "") + match[2]
 
 
+def mark_evaluations(gm: GraphModule) -> None:
+    """Let the nodes of a graph, and of its bodies, say which tensor they evaluate a part of.
+
+    Args:
+        gm: a graph as it was captured, before a pass moves nodes or changes their module stacks.
+            Nodes that have none, in bodies, stay unmarked. So do blocks and what they give: export
+            places those, which may be in another module than what is evaluated in them.
+    """
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.meta.get("nn_module_stack") and not _runs_a_body(module, _operation(node)):
+                node.meta[EVALUATES] = evaluated_in(node)
+
+
+def evaluated_in(node: Node) -> str | None:
+    """Return the tensor that a node evaluates a part of, by its mark or else its module stack."""
+    if EVALUATES in node.meta:
+        name: str | None = node.meta[EVALUATES]
+        return name
+    site = owner(node)
+    return None if site is None else site[1]
+
+
 def parts_of(gm: GraphModule, first: set[Node]) -> dict[Node, str]:
     """Return the nodes of evaluations, with the names of the parametrized tensors.
 
     Args:
         gm: the graph.
-        first: its prologue, in which nodes without a module stack are looked for.
+        first: its prologue, in which nodes without a mark and a module stack are looked for.
     """
     parts: dict[Node, str] = {}
-    sources: dict[Node, str] = {}
+    sources = _originals(gm)
     for node in gm.graph.nodes:
-        site = owner(node)
-        if node.op == "placeholder":
-            tensor = evaluated_tensor(node.meta.get(PARAMETER))
-            if tensor is not None:
-                sources[node] = tensor
-        elif node.op in ("call_function", "call_method"):
-            if site is not None:
-                parts[node] = site[1]
-            elif node.target is operator.getitem and node.args[0] in parts:
-                # Of what a block gives; export places it outside.
-                parts[node] = parts[node.args[0]]
-                sources |= {node: parts[node]} if node.args[0] in sources else {}
-            elif node in first:
-                read = {n: sources[n] for n in node.all_input_nodes if n in sources}
-                # Tied originals may have the name that they have in another tensor's list.
-                tied = bool(read) and all(n.op == "placeholder" for n in read)
-                if tied or len(set(read.values())) == 1:
-                    sources[node] = parts[node] = min(read.values())
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = evaluated_in(node)
+        if name is not None:
+            parts[node] = name
+        elif node.target is operator.getitem and node.args[0] in parts:
+            # Of what a block gives; export places it outside.
+            parts[node] = parts[node.args[0]]
+            sources |= {node: parts[node]} if node.args[0] in sources else {}
+        elif node in first and EVALUATES not in node.meta:
+            guess = _guess(node, sources)
+            if guess is not None:
+                sources[node] = parts[node] = guess
+    _correct_guesses(gm, first, parts)
+    return parts
+
+
+def _originals(gm: GraphModule) -> dict[Node, str]:
+    """Return the placeholders of originals, with the names of the parametrized tensors."""
+    inputs = {
+        n: evaluated_tensor(n.meta.get(PARAMETER)) for n in gm.graph.find_nodes(op="placeholder")
+    }
+    return {node: name for node, name in inputs.items() if name is not None}
+
+
+def _guess(node: Node, sources: dict[Node, str]) -> str | None:
+    """Return the tensor that a node evaluates a part of, by the originals it is computed from."""
+    read = {n: sources[n] for n in node.all_input_nodes if n in sources}
+    # Tied originals may have the name that they have in another tensor's list.
+    tied = bool(read) and all(n.op == "placeholder" for n in read)
+    return min(read.values()) if tied or len(set(read.values())) == 1 else None
+
+
+def _correct_guesses(gm: GraphModule, first: set[Node], parts: dict[Node, str]) -> None:
+    """Look at the readers of nodes that do not say themselves what they evaluate."""
     for node in reversed(gm.graph.nodes):
-        if owner(node) is not None or node not in first:
+        if owner(node) is not None or EVALUATES in node.meta or node not in first:
             continue
         readers = {parts.get(user) for user in node.users}
         if len(readers) == 1 and None not in readers:
             parts[node] = readers.pop() or ""  # only an evaluation reads it: a constant, say
         elif node in parts and is_view(_operation(node)) and None in readers:
             del parts[node]  # a transpose, say, is how the value is used
-    return parts
 
 
 def _operation(node: Node) -> Node:
-    """What gives a node's value, perhaps among others."""
+    """Return what gives a node's value, perhaps among others."""
     source = node.args[0] if node.target is operator.getitem else node
     return source if isinstance(source, Node) else node
+
+
+def _runs_a_body(gm: GraphModule, node: Node) -> bool:
+    return any(body_of(gm, argument) is not None for argument in node.all_input_nodes)
 
 
 def values_of(
@@ -105,19 +165,19 @@ def values_of(
     effects = dict(_effects(table))
     for node, name in parts.items():
         if node.name in mutations:
-            raise refusal(name, Rule.WRITES.value)
+            raise cannot_fold(name, Rule.WRITES.value)
     for node, name in parts.items():
         if node in stale:
-            raise refusal(name, effects.get(name, Rule.ORIGINAL_WRITTEN).value)
+            raise cannot_fold(name, effects.get(name, Rule.ORIGINAL_WRITTEN).value)
         if node not in first and not _says_nothing(node):
-            raise refusal(name, effects[name].value if name in effects else _why(table, node))
+            raise cannot_fold(name, effects[name].value if name in effects else _why(table, node))
     # What an evaluation of another tensor reads, a mask that both use say, is no value.
     found = {n: name for n, name in parts.items() if any(user not in parts for user in n.users)}
     for node in _calls_of_bodies(gm):
-        site = owner(node)
-        if site is not None and site[1] not in found.values():
-            why = effects[site[1]].value if site[1] in effects else IN_A_BODY
-            raise refusal(site[1], why)
+        tensor = evaluated_in(node)
+        if tensor is not None and tensor not in found.values():
+            why = effects[tensor].value if tensor in effects else IN_A_BODY
+            raise cannot_fold(tensor, why)
     returned = [node for node in found if table.of[node].storages & table.escaping]
     return found, parts, returned
 
@@ -144,9 +204,9 @@ def _calls_of_bodies(gm: GraphModule) -> Iterator[Node]:
 def _effects(table: EffectTable) -> Iterator[tuple[str, Rule]]:
     """Yield the tensors whose evaluations have effects, in a graph or in its bodies."""
     for node in table.of:
-        site, rule = owner(node), has_effects(table, node)
-        if site is not None and rule is not None:
-            yield site[1], rule
+        tensor, rule = evaluated_in(node), has_effects(table, node)
+        if tensor is not None and rule is not None:
+            yield tensor, rule
     for _, tables in table.calls.values():
         for inner in tables:
             yield from _effects(inner)
@@ -160,15 +220,15 @@ def _says_nothing(node: Node) -> bool:
 def _why(table: EffectTable, node: Node) -> str:
     effects = table.of[node]
     if table.written(effects.reads):
-        return Rule.ORIGINAL_WRITTEN.value
+        return str(Rule.ORIGINAL_WRITTEN.value)
     if table.written(effects.storages):
-        return Rule.VALUE_WRITTEN.value
+        return str(Rule.VALUE_WRITTEN.value)
     if effects.modes != table.of[next(iter(table.of))].modes:
         return UNDER_AUTOCAST
     return "the evaluation depends on the inputs of the program"
 
 
-def refusal(name: str, why: str) -> ValueError:
+def cannot_fold(name: str, why: str) -> ValueError:
     """Return the error that says which tensor cannot be folded, and why."""
     way_out = (
         "Export the model in eval() mode"

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxparam.eager.adopt import adopt
 from fxparam.exporting.attributes import Attributes
+from fxparam.exporting.evaluations import mark_evaluations
 from fxparam.exporting.fold import fold
 from fxparam.exporting.module_stacks import call_from_root
 from fxparam.graph import analyze, hoist
@@ -149,6 +150,7 @@ def _was_right(gm: GraphModule) -> bool:
 def _share(program: ExportedProgram) -> None:
     """Hoist the graph of a program in place, and name its values."""
     mark_parameters(program, program.graph_module)
+    mark_evaluations(program.graph_module)
     drop_identities(program.graph_module)
     hoist(program.graph_module)
     for old, new in label(program.graph_module).items():

@@ -29,11 +29,16 @@ from fxparam._torch.fx import rename
 from fxparam.exporting.evaluations import (
     IN_A_BODY,
     UNDER_AUTOCAST,
+    cannot_fold,
     evaluated_tensor,
-    refusal,
     values_of,
 )
-from fxparam.exporting.mode_blocks import drop_unread_bodies, pull_evaluations, readers
+from fxparam.exporting.mode_blocks import (
+    drop_unread_bodies,
+    erase_dead,
+    pull_evaluations,
+    readers,
+)
 from fxparam.exporting.module_stacks import place_before_users
 from fxparam.graph import analyze, hoist
 from fxparam.graph.analysis.bodies import call_of
@@ -167,9 +172,9 @@ def _refuse_originals_of_bodies(gm: GraphModule, specs: dict[Node, InputSpec]) -
             continue
         for where, reader in readers(gm, node):
             if call_of(where, reader):
-                raise refusal(tensor, IN_A_BODY)
+                raise cannot_fold(tensor, IN_A_BODY)
             if where is gm and table.of[reader].modes != entry:
-                raise refusal(tensor, UNDER_AUTOCAST)
+                raise cannot_fold(tensor, UNDER_AUTOCAST)
 
 
 def _evaluate(
@@ -265,9 +270,7 @@ def _drop_originals(
     gm: GraphModule, specs: dict[Node, InputSpec], computed: set[Node], changed: set[str]
 ) -> None:
     """Erase the evaluations, and the originals that nothing reads."""
-    for node in reversed(list(gm.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node in computed) and node not in specs:
-            gm.graph.erase_node(node)
+    erase_dead(gm, computed - specs.keys())
     for node in list(specs):
         target = specs[node].target
         original = evaluated_tensor(target) is not None and target not in changed

@@ -12,22 +12,24 @@ moved into blocks in front, one for each tensor, that evaluate and do nothing el
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fxparam.exporting.evaluations import parts_of
+from fxparam._torch.fx import copy_nodes, hold
+from fxparam.exporting.evaluations import EVALUATES, parts_of
 from fxparam.graph import hoist
-from fxparam.graph.analysis.bodies import Body, Call, call_of
+from fxparam.graph.analysis.bodies import Call, call_of
 from fxparam.graph.analysis.derived import PARAMETER, derive, is_parameter
-from fxparam.graph.analysis.nodes import ancestors, attribute_of, modules_around, value_of
+from fxparam.graph.analysis.nodes import ancestors, modules_around, value_of
 from fxparam.graph.analysis.schemas import writes_nothing
+from fxparam.graph.passes.operands import Operand, add_operands, drop_operands, used_operands
 from fxparam.graph.passes.prologue import prologue_of
 
-__all__ = ["drop_unread_bodies", "pull_evaluations", "readers"]
+__all__ = ["drop_unread_bodies", "erase_dead", "pull_evaluations", "readers"]
 
 _AUTOCAST = "wrap_with_autocast"
 _BLOCKS = ("wrap_with_set_grad_enabled", _AUTOCAST)
@@ -76,9 +78,10 @@ def pull_evaluations(gm: GraphModule) -> None:
             copy_before = _cast_before if call.op == _AUTOCAST else _copy_before
             copies = copy_before(gm, call, values, parts)
             _return_no_more(gm, call, copies)
-            _enter(body, values)
-            _drop_dead(body, first | asserts)
-            _set_operands(call, [*call.operands, *map(copies.__getitem__, values)])
+            _read_operands(call, {value: copies[value] for value in values})
+            erase_dead(body.module, first | asserts)
+            drop_unread_bodies(body.module)
+            _drop_unread_operands(gm, call)
         _place(gm, call)
 
 
@@ -87,7 +90,7 @@ def _copy_before(gm: GraphModule, call: Call, values: list[Node], _: dict[Node, 
     body = call.bodies[0]
     copies: _Copies = dict(zip(body.placeholders, call.operands, strict=True))
     with gm.graph.inserting_before(call.node):
-        _copy(body.module, ancestors(values), gm, gm.graph, copies)
+        _copy(body.module, ancestors(values), gm, copies)
     return copies
 
 
@@ -101,13 +104,12 @@ def _cast_before(
         own = [value for value in values if parts[value] == name]
         needed = ancestors(own)
         module, inside = GraphModule(torch.nn.Module(), Graph()), _Copies()
-        _copy(body.module, needed, module, module.graph, inside)
+        _copy(body.module, needed, module, inside)
         module.graph.output(tuple(inside[value] for value in own))
         module.recompile()
         operands = [copies[p] for p in body.placeholders if p in needed]
         with gm.graph.inserting_before(call.node):
-            held = gm.graph.create_node("get_attr", "autocast")
-            _hold(gm, held, module)
+            held = gm.graph.get_attr(hold(gm, "autocast", module))
             run = gm.graph.call_function(call.node.target, (*call.node.args[:4], held, *operands))  # type: ignore[arg-type]
             for i, value in enumerate(own):
                 copies[value] = gm.graph.call_function(operator.getitem, (run, i))
@@ -118,24 +120,10 @@ def _cast_before(
     return copies
 
 
-def _copy(
-    source: GraphModule, needed: set[Node], gm: GraphModule, graph: Graph, copies: _Copies
-) -> None:
-    """Copy nodes into the graph that ``gm`` is to run, but for those that are copied already."""
-    for node in source.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.op == "get_attr":
-                _hold(gm, copies[node], attribute_of(source, node))
-
-
-def _hold(gm: GraphModule, node: Node, value: Any) -> None:
-    """Let a graph module hold what a node reads there."""
-    node.target = f"_pulled_{node.name}"
-    if isinstance(value, torch.Tensor):
-        gm.register_buffer(node.target, value, persistent=False)
-    else:
-        gm.add_submodule(node.target, value)
+def _copy(source: GraphModule, needed: set[Node], gm: GraphModule, copies: _Copies) -> None:
+    """Copy nodes into the graph of another module, but for those that are copied already."""
+    nodes = (node for node in source.graph.nodes if node in needed)
+    copy_nodes(nodes, gm.graph, copies, modules=(source, gm))
 
 
 def _return_no_more(gm: GraphModule, call: Call, copies: _Copies) -> None:
@@ -153,30 +141,34 @@ def _return_no_more(gm: GraphModule, call: Call, copies: _Copies) -> None:
             with gm.graph.inserting_before(call.node):
                 read = gm.graph.call_function(torch.ops.aten.detach.default, (read,))
             read.meta = {**user.meta, "nn_module_stack": modules_around(user)}
+            if EVALUATES in user.meta:
+                read.meta[EVALUATES] = None
         user.replace_all_uses_with(read)
         gm.graph.erase_node(user)
     output.args = (tuple(returned[i] for i in kept),)
     call.node.meta["val"] = tuple(call.node.meta["val"][i] for i in kept)
 
 
-def _enter(body: Body, values: list[Node]) -> None:
-    """Read values in a block as operands."""
-    graph = body.module.graph
-    for node in values:
-        after = body.placeholders[-1:]
-        with graph.inserting_after(after[0]) if after else graph.inserting_before():
-            operand = graph.placeholder(node.name)
-        operand.target = operand.name  # an argument's name, which is its own
-        operand.meta = {"val": node.meta["val"]}
-        node.replace_all_uses_with(operand)
+def _read_operands(call: Call, copies: _Copies) -> None:
+    """Read copies of values in a block as operands."""
+    added = [Operand([copy], n.name, {"val": n.meta["val"]}) for n, copy in copies.items()]
+    entered = add_operands([call], added)
+    for node, (placeholder,) in zip(copies, entered, strict=True):
+        node.replace_all_uses_with(placeholder)
 
 
-def _drop_dead(body: Body, droppable: set[Node]) -> None:
-    """Erase what nothing reads any more."""
-    for node in reversed(list(body.module.graph.nodes)):
+def _drop_unread_operands(gm: GraphModule, call: Call) -> None:
+    now = _block_of(gm, call.node)
+    assert now is not None
+    drop_operands([now], set(range(len(now.operands))) - used_operands(now))
+    now.bodies[0].module.recompile()
+
+
+def erase_dead(gm: GraphModule, droppable: Container[Node]) -> None:
+    """Erase the nodes that nothing reads any more, if they are droppable or attributes."""
+    for node in reversed(list(gm.graph.nodes)):
         if not node.users and (node in droppable or node.op == "get_attr"):
-            body.module.graph.erase_node(node)
-    drop_unread_bodies(body.module)
+            gm.graph.erase_node(node)
 
 
 def drop_unread_bodies(gm: GraphModule) -> None:
@@ -186,16 +178,6 @@ def drop_unread_bodies(gm: GraphModule) -> None:
     for name, _ in list(gm.named_children()):
         if name not in read:
             delattr(gm, name)
-
-
-def _set_operands(call: Call, operands: list[Any]) -> None:
-    """Give a block operands, but those that it does not read."""
-    placeholders = call.bodies[0].placeholders
-    call.set_operands([v for v, p in zip(operands, placeholders, strict=True) if p.users])
-    for placeholder in placeholders:
-        if not placeholder.users:
-            call.bodies[0].module.graph.erase_node(placeholder)
-    call.bodies[0].module.recompile()
 
 
 def _place(gm: GraphModule, call: Call) -> None:

@@ -1,6 +1,7 @@
 """The passes: graph in, graph or facts out. Nothing here knows which capture made a graph."""
 
-from fxparam.graph.analysis.effects import Effects, EffectTable, analyze
+from fxparam.graph.analysis.effect_table import Effects, EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import Evaluation, evaluations
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.report import Entry, Refusal, Report

@@ -143,13 +143,13 @@ def make_report(
 
 
 def _is_for_others(site: Evaluation, nodes: set[Node]) -> bool:
-    """Check whether a site is the beginning of others, and its own value was never used."""
+    """Check whether nothing but other evaluations of the tensor uses what a site computes."""
     users = {user for node in site.nodes for user in node.users} - {*site.nodes}
     return bool(users) and users <= nodes
 
 
 def _whole(left: list[Evaluation], before: Counter[str]) -> list[Evaluation]:
-    """Return an evaluation of which a part was moved out of a body, and a part stayed, is one."""
+    """Join the parts of an evaluation of which one was moved out of a body and another stayed."""
     found: dict[str, list[Evaluation]] = {}
     for site in left:
         found.setdefault(site.access, []).append(site)

@@ -30,7 +30,7 @@ import torch
 from torch.fx import Node
 
 from fxparam.graph.analysis.additive import is_backward_additive
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.gradients import is_tracked
 from fxparam.graph.analysis.modes import grad_may_be_enabled
 from fxparam.graph.analysis.nodes import tensors_in, value_of

@@ -1,4 +1,4 @@
-"""The modes in force that change what an evaluation gives."""
+"""Read the modes that change what an evaluation gives: grad, inference, autocast, dtype."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def ambient() -> tuple[object, ...]:
 
 
 def ambient_mark() -> str:
-    """Return the same as a text, for what is traced."""
+    """Return the modes of :func:`ambient` as one text, which Dynamo can trace as a constant."""
     return ",".join(map(str, ambient()))

@@ -1,7 +1,8 @@
-"""What Python objects hold that may hold tensors: the ways by which a ``forward`` gets at them.
+"""Find the tensors that a module's ``forward`` can get at, through the objects that hold them.
 
-Followed are containers, modules, and functions with what they close over and their defaults. Global
-names and the attributes of other objects are not: through them everything can be reached.
+Followed are containers, modules, and functions with what they close over and their defaults; a
+tensor that is reached by none of these would be stale in a region after a write, without notice.
+Global names and the attributes of other objects are not: through them everything can be reached.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ def held_by(module: Module) -> list[Any]:
 
 
 def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | Module]:
-    """Yield each tensor and module that ``start`` leads to, once, in an order that is always the
-    same.
+    """Yield each tensor and module that ``start`` leads to, once.
+
+    The order is the same in each call, as long as nothing was changed.
 
     Args:
         start: any objects.
-        known: modules that are not looked into.
+        known: modules that are not yielded, and not looked into.
     """
     seen, work = set(map(id, known)), list(start)
     while work:
@@ -70,7 +72,7 @@ def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | 
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What a container or a function holds; nothing for other objects."""
+    """Return the objects in a container, function, method, property or partial; else none."""
     kind = type(value)
     if issubclass(kind, dict):
         return dict.values(value)
@@ -90,6 +92,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _parts_of_function(function: types.FunctionType) -> list[Any]:
+    """Return the defaults of a function and what it closes over."""
     found: list[Any] = [function.__defaults__, function.__kwdefaults__]
     for cell in function.__closure__ or ():
         try:
@@ -100,6 +103,7 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
 
 
 def _of_class(cls: type) -> list[Any]:
+    """Return the attributes of a class of modules that may hold tensors, base classes included."""
     places = _class_attributes.get(cls)
     if places is None:
         places = _class_attributes[cls] = tuple(
@@ -113,6 +117,7 @@ def _of_class(cls: type) -> list[Any]:
 
 
 def _may_hold(name: str, value: Any) -> bool:
+    """Check whether an attribute of a class may lead to a tensor."""
     kind = type(value)
     if issubclass(kind, (Tensor, Module, dict, *_SEQUENCES)):
         return not name.startswith("__")

@@ -1,4 +1,4 @@
-"""How parametrized tensors are read in scopes: eager code, and code that Dynamo traces."""
+"""Read parametrized tensors in scopes: in eager code, and in code that Dynamo traces."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ class ScopedReading(reading.Reading):
         return chain()  # type: ignore[no-any-return]
 
     def traced_value(self, chain: Module) -> Tensor:
-        """Return the value of a parametrized tensor: marked as one evaluation where a region is."""
+        """Return the value of a parametrized tensor, for code that Dynamo traces.
+
+        Here it is decided how the tensor is read: in a region that begins in the traced code, as
+        an evaluation marked as part of it; outside every region, as a plain evaluation; in an eager
+        region around, as the value that the graph is given, or else outside of the graph.
+        """
         if under_dynamo.is_open():
             return _marked(chain)
         if not store.active:
             return chain()  # type: ignore[no-any-return]
-        return _value_of_region_around(chain)
+        around = _region_around(chain)
+        return _given(chain, around) if around else store.read(chain)
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
@@ -46,15 +52,17 @@ reading.use(ScopedReading())
 
 @store.untraced
 def _has_effects_that_no_node_has() -> None:
-    """Return an evaluation that changes Python attributes leaves the graph: each read does it
-    there.
+    """Break the graph after an evaluation that changes Python attributes.
+
+    No node shows that change, so that a shared evaluation in the graph would lose it.
     """
 
 
 def training_modes(module: Module) -> str:
     """Spell the training modes of a module and its submodules.
 
-    Not by ``Module.modules()``, which Dynamo does not trace on a module that was changed.
+    One letter each, ``t`` or ``e``. Not by ``Module.modules()``, which Dynamo does not trace on a
+    module that was changed.
     """
     modes = "t" if module.training else "e"
     for child in module._modules.values():
@@ -63,14 +71,24 @@ def training_modes(module: Module) -> str:
     return modes
 
 
-def _value_of_region_around(chain: Module) -> Tensor:
-    """Return the value that the graph will take from the eager region it runs in."""
+def _region_around(chain: Module) -> str:
+    """Return the mark of the eager region that the graph will run in.
+
+    Empty where the graph cannot be given the region's value.
+    """
     # Before the identity is asked for, on which compiled code then depends.
     if under_dynamo.changes() or under_dynamo.is_shared():
-        return store.read(chain)
-    around = under_dynamo.region_around(id(chain))
-    if not around:
-        return store.read(chain)
+        return ""
+    return under_dynamo.region_around(id(chain))
+
+
+def _given(chain: Module, around: str) -> Tensor:
+    """Return an evaluation that the backend takes out of the graph, for the value of the region.
+
+    Args:
+        chain: a ``ParametrizationList``.
+        around: the mark of the eager region.
+    """
     with annotate({marks.REGION: around}):
         value = _marked(chain)
         if under_dynamo.changes():
@@ -82,6 +100,7 @@ def _value_of_region_around(chain: Module) -> Tensor:
 
 
 def _marked(chain: Module) -> Tensor:
+    """Return an evaluation whose nodes carry the mark of their own, if marks can tell it apart."""
     mark = under_dynamo.evaluation_of(id(chain), training_modes(chain))
     if not mark:
         return chain()  # type: ignore[no-any-return]

@@ -22,12 +22,16 @@ __all__ = ["cached"]
 
 @under_dynamo.constant
 def _new_region() -> str:
+    """Return the mark of a region that begins in traced code; empty where marks do not do."""
     return under_dynamo.region(inspect.unwrap(cached).__code__)
 
 
 @store.untraced
 def _out_of_order() -> None:
-    """Regions that do not end in the order they began leave the graph: marks are a stack."""
+    """Break the graph where regions do not end in the order they began, as marks are a stack.
+
+    ``test_what_marks_cannot_tell_is_left_to_eager_code`` has such regions.
+    """
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def cached() -> Iterator[None]:
     Source: :func:`torch.nn.utils.parametrize.cached`, whose values can be stale where these cannot.
 
     Note:
-        What torch keeps no count of is not noticed: writes through ``tensor.data``, NumPy or
+        Changes that torch does not count are not noticed: writes through ``tensor.data``, NumPy or
         DLPack, by fused optimizers (``fused=True``), and by batch norm to its running statistics;
         nor are changes of a parametrization's Python attributes, hooks and ``forward``, and writes
         to tensors that it finds by a global name or in an object other than containers, modules and

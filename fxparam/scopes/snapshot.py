@@ -1,4 +1,4 @@
-"""What a value of a parametrized tensor was computed from, so that a stale one is never reused.
+"""Snapshots of what a parametrized tensor is computed from, so that no stale value is reused.
 
 A snapshot lists everything an evaluation reads that can be compared: the chain's modules, the
 tensors they hold (the originals among them) or can get at through containers, other modules and
@@ -9,6 +9,9 @@ of it was exchanged or written in between.
 What no version counter sees is not seen here either: a write through ``tensor.data``, through
 NumPy, or to a Python attribute of a parametrization other than ``training`` and what holds tensors.
 Nor are tensors that are found by a global name, or in an object that is none of the above.
+
+Not the ``Attributes`` of ``fxparam.eager.rollback``: a snapshot is compared and never restored, so
+that it holds modules weakly and of tensors the versions, which those need not.
 """
 
 from __future__ import annotations

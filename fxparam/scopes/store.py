@@ -7,10 +7,11 @@ never share a region. So is a checkpointed function that is called in a region: 
 backward, maybe after the region, has to evaluate and save as much as it did then, and finds what it
 had saved by counting.
 
-Dynamo cannot trace a context variable, and a guard on a ``threading.local`` compares the wrong
-dictionary. It does guard an attribute of a module, by reading it again at each call. ``active`` is
-therefore a property of *this module*: eager code and Dynamo's guards both get the answer for the
-context they run in.
+Dynamo cannot trace a context variable (https://github.com/pytorch/pytorch/issues/186449), and a
+guard on a ``threading.local`` compares the wrong dictionary. It does guard an attribute of a
+module, by reading it again at each call. ``active`` is therefore a property of *this module*: eager
+code and Dynamo's guards both get the answer for the context they run in
+(``test_compiled_code_knows_the_region_of_its_thread``).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def untraced(function: F) -> F:
-    """Let compiled code leave its graph for ``function``, which Dynamo cannot trace."""
+    """Break the graph of compiled code at each call of ``function``, which Dynamo cannot trace."""
     reason = "the values of a fxparam.cached() region are kept outside compiled graphs"
     return cast("F", torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
 
@@ -68,15 +69,18 @@ class Region:
         self.entries: WeakKeyDictionary[Module, dict[object, HeldValue]] = WeakKeyDictionary()
 
     def enter(self) -> None:
+        """Begin a block in the region."""
         self.depth += 1
 
     def leave(self) -> None:
+        """End a block; the values are dropped with the outermost."""
         self.depth -= 1
         if self.depth == 0:
             self.entries.clear()
 
     @property
     def usable(self) -> bool:
+        """Check whether the region is open, in this thread and this call of a checkpoint."""
         return (
             self.depth > 0
             and self.thread == threading.get_ident()
@@ -94,8 +98,11 @@ def current() -> Region | None:
 
 
 class _ContextModule(types.ModuleType):
+    """The class of this module, whose ``active`` is computed each time that it is read."""
+
     @property
     def active(self) -> bool:
+        """Check whether the running code is in a region."""
         return current() is not None
 
 
@@ -140,7 +147,10 @@ def outside_regions() -> Iterator[None]:
 
 
 def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
-    """Under what a value is kept: originals and modes by identity, which its entry keeps alive."""
+    """Return the key that a value is kept under: modes and, by identity, originals.
+
+    The entry keeps them alive, so that no other object gets their ``id()``.
+    """
     return (ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
 
 

@@ -1,4 +1,4 @@
-"""``cached()`` in code that is being compiled: marks on the nodes in place of a dictionary.
+"""``cached()`` in code that Dynamo traces: marks on the nodes in place of a dictionary.
 
 A dictionary would be a side effect, which the bodies of higher-order ops may not have, and values
 kept in it would break the graph. Traced for fxparam's own backend, a region marks the nodes traced
@@ -12,7 +12,7 @@ The functions here run while Dynamo traces and give it constants.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
@@ -61,26 +61,23 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., object])
-_numbers = itertools.count()
 
-# Parametrization lists that were read in a region around a graph.
-_chains: WeakValueDictionary[int, Module] = WeakValueDictionary()
-
-# By the code of a frame, one list of each model for which it was compiled with a region's values.
-_models: WeakKeyDictionary[CodeType, WeakSet[Module]] = WeakKeyDictionary()
+# For so many models a frame is compiled with a region's values; for further ones its reads leave
+# the graph.
 _MODELS = 4
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
 class _Compilation:
-    """The attempts to compile one frame.
+    """Facts that one attempt to compile a frame leaves for the next.
 
     Attributes:
-        number: Dynamo's.
-        shared: whether reads leave the graph, in code that serves several models.
-        first: the first list that was read in the graph.
-        chains, kinds: lists that are not to be, and what such lists consist of.
+        number: tells the frame's compilation from others; Dynamo's.
+        shared: whether the frame's code serves several models, so that reads leave the graph.
+        first: the first parametrization list that was read in the graph, by its ``id()``.
+        chains: the lists whose reads leave the graph, by their ``id()``.
+        kinds: the classes of the modules of lists whose reads leave the graph.
     """
 
     number: object
@@ -90,18 +87,34 @@ class _Compilation:
     kinds: set[tuple[type, ...]] = field(default_factory=set)
 
 
-_latest = _Compilation(None, True)
+@dataclass
+class _Memory:
+    """Facts that one trace leaves for later ones, since Dynamo itself hands nothing along.
+
+    Attributes:
+        numbers: gives each region and each evaluation a number of its own.
+        chains: the parametrization lists that were read in a region around a graph, by ``id()``.
+        models: by the code of a frame, one parametrization list of each model for which the frame
+            was compiled with values of a region.
+        latest: the compilation that is going on, or was the last.
+    """
+
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    chains: WeakValueDictionary[int, Module] = field(default_factory=WeakValueDictionary)
+    models: WeakKeyDictionary[CodeType, WeakSet[Module]] = field(default_factory=WeakKeyDictionary)
+    latest: _Compilation = field(default_factory=lambda: _Compilation(None, True))
+
+    def present_compilation(self) -> _Compilation:
+        """Return the compilation that is going on; a new one if Dynamo has begun another frame."""
+        number = compilation()
+        if number != self.latest.number:
+            self.latest = _Compilation(number, _serves_several_models(traced_code()))
+        return self.latest
 
 
-def _present_compilation() -> _Compilation:
-    global _latest
-    number = compilation()
-    if number != _latest.number:
-        _latest = _Compilation(number, _serves_several_models(traced_code()))
-    return _latest
+_memory = _Memory()
 
-
-#: In place of a mark: this evaluation cannot be told from others by one.
+#: Stands in place of a mark: no mark tells this evaluation from others.
 UNTRACEABLE = "untraceable"
 
 
@@ -121,7 +134,7 @@ def region(own: CodeType) -> str:
     """
     if not _is_traced_for_ours() or is_in_traced_generator(own):
         return ""
-    return _present(marks.REGION) or marks.region(trace_number(), next(_numbers))
+    return _present(marks.REGION) or marks.region(trace_number(), next(_memory.numbers))
 
 
 def _is_traced_for_ours() -> bool:
@@ -131,17 +144,16 @@ def _is_traced_for_ours() -> bool:
 
 @constant
 def is_shared() -> bool:
-    """Check whether the frame's code already serves several models, as a layer's may, and ours
-    does.
+    """Check whether the frame's code serves several models, as a layer's ``forward`` may.
 
-    Compiled with a value of the region it serves one model alone.
+    Compiled with a value of the region it would serve one model alone.
     """
-    return _present_compilation().shared
+    return _memory.present_compilation().shared
 
 
 def forget_models() -> None:
-    """Forget what was compiled, as Dynamo does."""
-    _models.clear()
+    """Forget which models frames were compiled for, as Dynamo does in ``torch.compiler.reset``."""
+    _memory.models.clear()
 
 
 @constant
@@ -153,8 +165,10 @@ def region_around(chain: int) -> str:
     """
     module = traced_module(chain)
     if module is None and trace_number():
-        module = _chains.get(chain)  # Dynamo forgets between two bodies what it has seen in one
-    now = _present_compilation()
+        module = _memory.chains.get(
+            chain
+        )  # Dynamo forgets between two bodies what it has seen in one
+    now = _memory.present_compilation()
     if (
         module is None
         or chain in now.chains
@@ -164,28 +178,28 @@ def region_around(chain: int) -> str:
         or traces_function_modes()
     ):
         return ""
-    _chains[chain] = module
+    _memory.chains[chain] = module
     code = traced_code()
     if code is not None and now.first is None:
         now.first = chain
-        _models.setdefault(code, WeakSet()).add(module)
+        _memory.models.setdefault(code, WeakSet()).add(module)
     return marks.region_around(trace_number())
 
 
 def chain_of(identity: int) -> Module | None:
     """Return a parametrization list that was read in a region around its graph."""
-    return _chains.get(identity)
+    return _memory.chains.get(identity)
 
 
 def keep_out_of_graphs(*chains: int) -> None:
     """Let reads of parametrization lists leave the graph when the present frame is traced anew."""
-    _present_compilation().chains.update(chains)
+    _memory.present_compilation().chains.update(chains)
 
 
 def _serves_several_models(code: CodeType | None) -> bool:
     if code is None or _PACKAGE in Path(code.co_filename).parents:
         return True
-    return len(_models.get(code, ())) >= _MODELS
+    return len(_memory.models.get(code, ())) >= _MODELS
 
 
 def _kinds(chain: Module) -> tuple[type, ...]:
@@ -206,11 +220,11 @@ def is_innermost(mark: str) -> bool:
 
 @constant
 def evaluation_of(chain: int, training: str) -> str:
-    """Return the mark of one evaluation of a chain, with those it is a part of; empty outside a
-    region.
+    """Return the mark of one evaluation of a chain, with the marks of those it is a part of.
 
-    Modes are those of the code that reads: Dynamo has entered them here. In the graph they can not
-    be told from those that an evaluation begins with, since it drops pairs of switches.
+    Empty outside every region. The modes in the mark are those of the code that reads, which Dynamo
+    has entered here. The graph does not show them, since Dynamo drops pairs of switches between
+    which there is no node.
 
     Args:
         chain: the identity of a ``ParametrizationList``; torch 2.11 takes no module here.
@@ -225,28 +239,31 @@ def evaluation_of(chain: int, training: str) -> str:
     around = _present(marks.EVALUATION)
     if inside_functorch():
         return "" if around else UNTRACEABLE
-    return marks.evaluation(around, mark_of(chain), training, ambient_mark(), next(_numbers))
+    return marks.evaluation(around, mark_of(chain), training, ambient_mark(), next(_memory.numbers))
 
 
 @constant
 def mark_of(chain: int) -> str:
-    """What marks the value of a chain."""
+    """Return the mark of the value of a chain, given by its ``id()``, in the present trace."""
     return marks.value(trace_number(), chain)
 
 
 @constant
 def retrace_without(chain: int) -> None:
-    """Trace the present frame anew, with reads of a parametrization list outside of its graphs.
+    """Trace the present frame anew, with the reads of a parametrization list outside its graphs.
 
-    And of all of its kind: Dynamo traces a frame a hundred times at most.
+    The reads of all lists of its kind leave the graphs with it, since Dynamo gives up a frame after
+    a hundred restarts.
     """
-    _present_compilation().kinds.add(_kinds(_chains[chain]))
+    _memory.present_compilation().kinds.add(_kinds(_memory.chains[chain]))
     restart_trace("a parametrized tensor is read outside of the graph")
 
 
 @constant
 def assignments(chain: int) -> str:
-    """What has been assigned so far to attributes of a chain's modules, other than tensors.
+    """Return a text of what traced code has assigned to attributes of a chain's modules.
+
+    Assigned tensors are not in it. It is compared with the text of another moment.
 
     Args:
         chain: the identity of a ``ParametrizationList``.
@@ -256,9 +273,10 @@ def assignments(chain: int) -> str:
 
 @constant
 def changes() -> str:
-    """What has been changed so far of what was there before, other than by writing to tensors.
+    """Return a text of what traced code has changed of objects from before; empty if nothing.
 
-    The graph is given values that are read before all this.
+    Writes to tensors are not in it. The values of a region are read before the graph runs, and with
+    it before these changes.
     """
     return " ".join(
         f"{type(owner).__name__}.{name}"

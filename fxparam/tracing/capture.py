@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from fxparam._torch.dynamo import dynamo_export
-from fxparam._torch.fx import rename
+from fxparam._torch.fx import copy_nodes, rename
 from fxparam._torch.names import tree_flatten_with_path, tree_map, tree_unflatten
 from fxparam.graph.analysis.nodes import meta_with, value_of
 from fxparam.tracing.grad_mode import switch_grad_mode
@@ -41,13 +41,16 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
     """
     args, state = _distinct(tuple(example_inputs), root), State(root)
     tensors, enabled = state.tensors, torch.is_grad_enabled()
-    # Dynamo exports a module by its forward alone, and with hooks around it fails.
+    # Dynamo exports a module by its forward alone, and fails for one with hooks
+    # (test_hooks_on_the_model_itself).
     hooked = isinstance(root, Module) and (root._forward_hooks or root._forward_pre_hooks)
     call = (lambda *args: root(*args)) if hooked else root
     gm, rebound = _export(call, args, state, enabled)
     if rebound:
         call = _returning(root, rebound)
         gm, _ = _export(call, args, state, enabled)
+    # The graph of one mode does not tell what runs under a mode of the model's own from what runs
+    # under its caller's (test_grad_modes_as_in_eager).
     try:
         opposite = _export(call, args, state, not enabled)[0]
     except Exception:  # the model may work in one mode alone
@@ -68,8 +71,10 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
 
 
 def _has_backward(gm: GraphModule) -> bool:
-    """Check whether a graph has a custom ``autograd.Function``: without gradients Dynamo inlines
-    it.
+    """Check whether a graph has a custom ``autograd.Function``, which Dynamo inlines under
+    ``no_grad``.
+
+    ``test_a_custom_backward_is_there_when_traced_without_gradients`` shows what would be lost.
     """
     bodies = (body for body in gm.modules() if isinstance(body, GraphModule))
     names = {getattr(n.target, "__name__", "") for body in bodies for n in body.graph.nodes}
@@ -79,8 +84,9 @@ def _has_backward(gm: GraphModule) -> bool:
 def _export(
     call: Any, args: tuple[Any, ...], state: State, grad_enabled: bool
 ) -> tuple[GraphModule, list[str]]:
-    """Return a call as a graph, and the names of the buffers that it rebinds; the model is
-    unchanged.
+    """Return a call as a graph, and the names of the buffers that it rebinds.
+
+    The model is unchanged afterwards.
     """
     try:
         with torch.set_grad_enabled(grad_enabled):  # the call may leave another
@@ -108,11 +114,10 @@ def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cl
         if old.users:
             copies[old] = _part(graph, placeholder, path)
             copies[old].meta = dict(old.meta)
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "get_attr":
-            rename(copies[node], re.sub(r"\W", "_", str(node.target)))
+    inside = (node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
+    copy_nodes(inside, graph, copies)
+    for node in graph.find_nodes(op="get_attr"):
+        rename(node, re.sub(r"\W", "_", str(node.target)))
     flat: Any = gm.graph.output_node().args[0]
     graph.output(
         tree_unflatten([copies[v] if isinstance(v, Node) else v for v in flat], gm._out_spec)
@@ -133,7 +138,13 @@ def _is_variadic(function: Any, name: str) -> bool:
 
 
 def _part(graph: Graph, node: Node, path: Sequence[Any]) -> Node:
-    """What is found in an argument that is a container."""
+    """Return the node of a leaf of an argument that is a container.
+
+    Args:
+        graph: the graph, to which the nodes that take containers apart are added.
+        node: the argument.
+        path: the keys that lead to the leaf.
+    """
     for key in path:
         if hasattr(key, "name"):
             node = graph.call_function(getattr, (node, key.name))
@@ -144,9 +155,10 @@ def _part(graph: Graph, node: Node, path: Sequence[Any]) -> Node:
 
 
 def _distinct(args: Any, root: Any) -> Any:
-    """Dynamo takes two tensors that are one for one, in later calls as well.
+    """Return arguments of which none is another one, or a tensor of the model, by identity.
 
-    So are two arguments, or an argument and a tensor of the model.
+    Copies take the place of such. Dynamo would read one input for both, in the graph and thus in
+    later calls as well (``test_an_example_input_that_is_a_tensor_of_the_model``).
     """
     seen = {id(tensor) for tensor in _tensors_of(root)}
 
@@ -173,8 +185,11 @@ def _tensors_of(root: Any) -> Iterator[torch.Tensor]:
 
 
 def _returning(root: Module, names: Sequence[str]) -> Callable[..., Any]:
-    """Return a call that returns, after the model's outputs, what it leaves bound to buffers'
-    names.
+    """Return a function that calls the model, and returns its outputs and the values of buffers.
+
+    Args:
+        root: the model.
+        names: the names of the buffers.
     """
 
     def call(*args: Any) -> Any:
@@ -199,9 +214,7 @@ def _write_rebound(graph: Graph, names: Sequence[str], tensors: Mapping[str, tor
 
 
 def _describe_copy(node: Node) -> None:
-    """Return the metadata of a copy; of a buffer that the captured code does not read there are
-    none.
-    """
+    """Give a copy of a read the metadata of that; none if the captured code does not read it."""
     for read in node.all_input_nodes:
         if value_of(read) is not None:
             node.meta = meta_with(read, value_of(read).clone())

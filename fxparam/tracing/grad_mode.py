@@ -27,7 +27,7 @@ _is_grad_enabled = torch.is_grad_enabled
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value in the block."""
+    """Give an attribute of ``owner`` another value in the block."""
     missing = object()
     own = vars(owner).get(name, missing)
     setattr(owner, name, value)
@@ -52,16 +52,16 @@ def _entered_with(graph: Graph) -> Node:
 
 
 class _Callers(int):
-    """The mode a graph is entered with, as an answer to ``torch.is_grad_enabled()``."""
+    """The answer to ``torch.is_grad_enabled()`` where that is the mode a graph is entered with."""
 
 
 @contextmanager
 def record_grad_mode(graph: Callable[[], Graph], paused: Callable[[], bool]) -> Iterator[None]:
-    """In this block a switch of the grad mode is a node of ``graph()`` too.
+    """Record switches of the grad mode in the block as nodes of a graph; they happen as well.
 
     Args:
-        graph: the graph being traced.
-        paused: whether operations that run are none of the traced code.
+        graph: returns the graph being traced.
+        paused: says whether the tracer runs operations of its own, which are not recorded.
     """
     before = _is_grad_enabled()
     is_callers = True
@@ -89,21 +89,21 @@ def record_grad_mode(graph: Callable[[], Graph], paused: Callable[[], bool]) -> 
             set_grad_enabled(before)
 
 
-# The grad mode of whoever calls a graph.
+# Stands for the grad mode of whoever calls a graph.
 _CALLERS = object()
 
 
 def switch_grad_mode(graph: Graph, opposite: Graph | None, enabled: bool) -> None:
-    """Let a graph that Dynamo captured in one grad mode do in another what the model does there.
+    """Replace the switches of a graph of Dynamo's by ones that are right in both grad modes.
 
-    Dynamo records the switches that change something in the mode it captures in. Beside the graph
-    of the other mode it can be told what runs under a mode of the model's own, and what under its
-    caller's.
+    Dynamo records only switches that change something in the mode it captures in. A node that runs
+    under a mode of the model's own has that mode in both captures; one that runs under its caller's
+    has in each the mode of the capture.
 
     Args:
-        graph: what was captured; its switches are replaced.
-        opposite: the same in the other mode; None if that could not be captured.
-        enabled: the mode of ``graph``.
+        graph: a capture of a model; its switches are replaced.
+        opposite: the capture in the other mode; None if the model cannot be captured there.
+        enabled: the mode that ``graph`` was captured in.
     """
     ours, modes = _modes(graph, enabled)
     theirs, others = _modes(opposite, not enabled) if opposite is not None else ([], [])
@@ -124,7 +124,7 @@ def switch_grad_mode(graph: Graph, opposite: Graph | None, enabled: bool) -> Non
 
 
 def _modes(graph: Graph, mode: bool) -> tuple[list[Node], list[object]]:
-    """The nodes of a graph but for its switches, and the mode that each of them runs under."""
+    """Return the nodes of a graph without its switches, and the mode that each runs under."""
     nodes: list[Node] = []
     modes: list[object] = []
     for node in graph.nodes:
@@ -137,4 +137,5 @@ def _modes(graph: Graph, mode: bool) -> tuple[list[Node], list[object]]:
 
 
 def _what(node: Node) -> object:
+    """Return the kind of a node and the function it calls, to compare two captures."""
     return (node.op, node.target if node.op.startswith("call") else None)

@@ -1,4 +1,4 @@
-"""The pass by itself, for graphs that somebody else captured."""
+"""``hoist``: the hoisting pass by itself, for graphs that somebody else captured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import Parameter
 
 from fxparam._torch.names import FakeTensorMode, inside_functorch, tree_map
-from fxparam._torch.tensors import storage_identity
+from fxparam._torch.tensors import storage_of
 from fxparam.eager.rollback import attributes_kept
 from fxparam.graph import HoistResult
 from fxparam.graph.passes.hoist import hoist as hoist_graph
@@ -28,6 +28,9 @@ class _FakeRun(Interpreter):
     Not ``FakeTensorProp``, which runs on the real tensors that the graph module holds. What cannot
     be run on fakes (it reads data, is a function that does not take them) is left out, with all
     that depends on it: those nodes get no metadata, and the passes assume the worst of them.
+
+    Not ``Propagation`` either, whose fakes change with ``t_()`` so that proxies answer as tensors
+    do at that moment; the passes need of each node the metadata that it had when it ran.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -82,8 +85,11 @@ class _FakeRun(Interpreter):
         return value
 
     def _as_now(self, value: Any) -> Any:
-        """An alias of a tensor, whose own shape and strides later nodes may change (``t_``)."""
-        if not isinstance(value, torch.Tensor) or storage_identity(value)[0] is None:
+        """Return an alias of a tensor, which keeps its shape when a later node changes it (``t_``).
+
+        Anything else is returned as it is.
+        """
+        if not isinstance(value, torch.Tensor) or storage_of(value) is None:
             return value
         if inside_functorch():  # where an alias is a wrapper
             return value

@@ -1,4 +1,4 @@
-"""Metadata of what depends on parameters alone, found while a graph is traced.
+"""Run the operations on parameters alone on fake tensors, while a graph is traced.
 
 While a graph is traced without example inputs, nothing is known of the inputs. A parametrization
 depends on parameters and buffers, whose shapes and dtypes are there: each operation on those is run
@@ -30,7 +30,10 @@ def is_constant(value: object) -> bool:
 
 
 def attribute(root: Module, name: str) -> Any:
-    """What a module holds under a name; not by ``getattr``, which a tracer answers."""
+    """Return the attribute of a module under a qualified name; None if there is none.
+
+    Not by ``getattr``, for which a tracer gives proxies.
+    """
     path, _, last = name.rpartition(".")
     for part in path.split(".") if path else ():
         held = root._modules.get(part)
@@ -47,7 +50,7 @@ class Propagation:
     """Runs operations on fake tensors, one per node of the graph that is being traced.
 
     Args:
-        tensors: by their names, those that are not what the modules hold under them now.
+        tensors: the model's tensors by their names, which its modules may have bound anew.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -68,13 +71,11 @@ class Propagation:
             node.meta["val"] = value
 
     def _attribute(self, tensor: Any) -> Any:
-        """The fake of a parameter or buffer; None for one that has none, as some subclasses."""
+        """Return the fake of a parameter or buffer; None where there is none, as of a subclass."""
         return self._safely(lambda: self._mode.from_tensor(tensor))
 
     def _result(self, node: Node) -> Any:
-        """Return the fake value of a call on fakes; None where an argument or the result is not
-        known.
-        """
+        """Return the result of a call on fakes; None if an argument or the result is not known."""
         if any("val" not in argument.meta for argument in node.all_input_nodes):
             return None
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -86,6 +87,7 @@ class Propagation:
         return self._safely(run)
 
     def _safely(self, function: Callable[[], Any]) -> Any:
+        """Return the result of a function; None if it raises."""
         self.running = True
         try:
             return function()

@@ -1,8 +1,8 @@
 """Buffers that traced code rebinds (``self.h = f(self.h)``), written by the graph at its end.
 
 While a model is traced its modules hold what its code binds, so that Python's own rules decide what
-a later read gives; afterwards they hold what they held before. What they held at the end, the graph
-writes to the buffer, whose old value it reads from a copy made at the start:
+a later read gives; afterwards they hold what they held before. The last value of a buffer is
+written to it at the end of the graph, which reads the old value from a copy made at the start:
 
     old = self.h                              h = self.h; old = h.clone()
     self.h = torch.tanh(self.cell(old))  ->   tanh = torch.tanh(...)
@@ -12,7 +12,7 @@ writes to the buffer, whose old value it reads from a copy made at the start:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,16 @@ from torch.fx.proxy import TraceError
 from torch.nn import Module
 
 from fxparam._torch.fx import written_argument
-from fxparam._torch.names import assert_tensor_metadata, tree_flatten
-from fxparam._torch.tensors import is_view_of_another, storage_identity
+from fxparam._torch.names import assert_tensor_metadata
+from fxparam._torch.tensors import geometry, is_view_of_another, share_memory
+from fxparam.eager.rollback import Attributes
 from fxparam.graph.analysis.nodes import meta_with, value_of
 
 __all__ = ["CannotRebindError", "State", "write_rebound"]
 
 
 class CannotRebindError(TraceError):
-    """A model leaves in a buffer what a graph cannot write to it."""
+    """Raised for a model that leaves in a buffer something that a graph cannot write to it."""
 
     def __init__(self, name: str, found: str) -> None:
         super().__init__(
@@ -44,7 +45,7 @@ _REQUIRED = "a tensor with the shape and dtype of the buffer, which shares no me
 
 
 class State:
-    """What the modules of a model hold before they are traced.
+    """The tensors and attributes of a model before it is traced, and what tracing rebinds.
 
     Args:
         root: the model; anything else has no state.
@@ -55,20 +56,17 @@ class State:
         self._root = root
         self._paths = {module: f"{path}." if path else "" for path, module in modules.items()}
         self._buffers = {module: dict(module._buffers) for module in self._paths}
-        self._attributes = {module: dict(vars(module)) for module in self._paths}
+        held = (value for module in self._paths for value in vars(module).values())
+        #: Tensors in attributes that are neither parameters nor buffers.
+        self.plain_tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        self._attributes = Attributes(self._paths)
 
     def __contains__(self, module: object) -> bool:
         return module in self._paths
 
     @property
-    def plain_tensors(self) -> list[torch.Tensor]:
-        """Tensors in attributes that are neither parameters nor buffers."""
-        held = (value for attributes in self._attributes.values() for value in attributes.values())
-        return [value for value in held if isinstance(value, torch.Tensor)]
-
-    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every parameter and buffer under each of its names, as it was."""
+        """Return the parameters and buffers as they were, a tied one under each of its names."""
         found: dict[str, torch.Tensor] = {}
         for module, path in self._paths.items():
             held = {**module._parameters, **self._buffers[module]}
@@ -76,7 +74,7 @@ class State:
         return found
 
     def rebound(self) -> dict[str, Any]:
-        """What is bound to buffers' names now, where that is something else; nodes for proxies."""
+        """Return, by their names, the values of buffers that were bound anew; nodes for proxies."""
         missing = object()
         return {
             path + name: now.node if isinstance(now, Proxy) else now
@@ -85,21 +83,9 @@ class State:
             if (now := module._buffers.get(name, missing)) is not before
         }
 
-    def restore(self, keep: Collection[str] = ()) -> None:
-        """Put the buffers back, and the attributes that hold other tensors, but for some names."""
-        for module, path in self._paths.items():
-            module._buffers.clear()
-            module._buffers.update(self._buffers[module])
-            before, now = self._attributes[module], vars(module)
-            for name in [n for n, v in now.items() if v is not before.get(n) and _is_traced(v)]:
-                if name in before:
-                    now[name] = before[name]
-                elif path + name not in keep:
-                    del now[name]
-
-
-def _is_traced(value: Any) -> bool:
-    return any(isinstance(leaf, (torch.Tensor, Proxy)) for leaf in tree_flatten(value)[0])
+    def restore(self) -> None:
+        """Put the buffers and all other attributes back as they were."""
+        self._attributes.restore()
 
 
 def write_rebound(
@@ -108,7 +94,7 @@ def write_rebound(
     values: Mapping[str, Any],
     describe: Callable[[Node], None],
 ) -> None:
-    """Write, at the end of a graph, what it computes for buffers to them.
+    """Let a graph write to buffers, at its end, the values that traced code has bound to them.
 
     Args:
         graph: a graph that reads the model's tensors by their names.
@@ -142,23 +128,17 @@ def write_rebound(
 
 
 def _is_same(value: Node, read: Node) -> bool:
-    """Check whether a value is what was read, written in place: ``self.u += 1``, ``out=self.u``."""
+    """Check whether a value is the tensor that was read, be it written in place.
+
+    As after ``self.u += 1``, which binds the buffer to itself.
+    """
     node: Node | None = value
     while node is not None:
         if node is read:
             return True
         node = written_argument(node)
     ours, theirs = value_of(value), value_of(read)
-    return _share_memory(ours, theirs) and _place(ours) == _place(theirs)
-
-
-def _place(tensor: torch.Tensor) -> Any:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _share_memory(one: Any, other: Any) -> bool:
-    memory = storage_identity(one)[1]
-    return memory is not None and memory == storage_identity(other)[1]
+    return share_memory(ours, theirs) and geometry(ours) == geometry(theirs)
 
 
 def _check(
@@ -167,6 +147,14 @@ def _check(
     values: Mapping[str, Any],
     kept: Sequence[Node],
 ) -> None:
+    """Raise CannotRebindError if writing a value to a buffer is not the same as binding it.
+
+    Args:
+        name: the name of the buffer.
+        tensors: the model's tensors by their names.
+        values: what is left in buffers, by their names.
+        kept: reads of tensors that are not bound anew.
+    """
     buffer, value = tensors[name], values[name]
     known = value_of(value)
     if isinstance(known, torch.Tensor) and not _may_fit(known, buffer):
@@ -174,14 +162,15 @@ def _check(
         raise CannotRebindError(name, found)
     for other, tensor in tensors.items():
         tied = tensor is buffer and values.get(other) is value
-        if _share_memory(buffer, tensor) and not tied and other != name:
+        if share_memory(buffer, tensor) and not tied and other != name:
             raise CannotRebindError(name, f"memory that {name!r} and {other!r} share")
     for read in kept:
-        if _is_same(value, read) or _share_memory(known, value_of(read)):
+        if _is_same(value, read) or share_memory(known, value_of(read)):
             raise CannotRebindError(name, f"the memory of {str(read.target)!r}")
 
 
 def _may_fit(value: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Check whether dtypes and shapes are equal, as far as they are known."""
     if value.dtype != buffer.dtype or value.dim() != buffer.dim():
         return False
     sizes = zip(value.shape, buffer.shape, strict=True)
@@ -191,12 +180,13 @@ def _may_fit(value: torch.Tensor, buffer: torch.Tensor) -> bool:
 def _read_a_copy(graph: Graph, name: str, reads: list[Node], copies: dict[Node, Node]) -> Node:
     """Read a buffer once, at the start, and give every reader a copy of its value.
 
-    What was returned or saved for backward has the old value when the graph has written the new.
+    A copy that is returned or saved for backward keeps the old value when the graph writes the new.
     """
     start = next(n for n in graph.nodes if n.op != "placeholder")
     if not reads:
         with graph.inserting_before(start):
-            return graph.create_node("get_attr", name)  # get_attr() warns: no module has it yet
+            # Graph.get_attr() warns that no module has the name: the graph has no owner yet.
+            return graph.create_node("get_attr", name)
     read = reads[0]
     if read is not start:
         start.prepend(read)
@@ -211,7 +201,7 @@ def _read_a_copy(graph: Graph, name: str, reads: list[Node], copies: dict[Node, 
 
 
 def _write(graph: Graph, buffer: torch.Tensor, read: Node, value: Node) -> None:
-    """Bind a buffer to a value, as far as anyone can see who reads it later."""
+    """Write a value to a buffer, detached from its history as a newly bound tensor would be."""
     with graph.inserting_before(graph.output_node()):
         # copy_ would broadcast and cast.
         graph.call_function(

@@ -1,4 +1,4 @@
-"""Tracing the code of a graph again, when it is unpickled: as it is written, nothing is run.
+"""``Retracer``: traces the code of a graph when it is unpickled, and runs none of it.
 
 A tracer of models runs the calls in which no proxy takes part, and keeps their results. In the code
 of a graph each call is a node, ``torch.rand(3)`` and switches of the grad mode among them.
@@ -35,8 +35,9 @@ class Retracer(torch.fx.Tracer):
         root: Module | Callable[..., Any],
         concrete_args: dict[str, Any] | None = None,
     ) -> Graph:
-        """Return the graph whose code ``root`` has, with metadata where parameters alone decide
-        them.
+        """Return the graph whose code ``root`` has.
+
+        Nodes that depend on parameters alone have their metadata.
         """
 
         def ask() -> Any:
@@ -46,7 +47,9 @@ class Retracer(torch.fx.Tracer):
             return self.create_proxy("call_function", op, args, kwargs)
 
         with ExitStack() as stack:
-            for kind in _kinds(HigherOrderOperator):  # some run their bodies before they dispatch
+            # Some run their bodies on the proxies before they dispatch, whatever mode is active
+            # (test_pickled_bodies_run_what_they_are_made_of).
+            for kind in _kinds(HigherOrderOperator):
                 stack.enter_context(replaced(kind, "__call__", call))
             stack.enter_context(replaced(torch, "is_grad_enabled", ask))
             stack.enter_context(_RecordCalls(self))
@@ -61,7 +64,7 @@ class Retracer(torch.fx.Tracer):
 
 
 def _kinds(kind: type) -> Iterator[type]:
-    """Yield a class and its subclasses, of those that say themselves what a call does."""
+    """Yield a class and its subclasses, those that define a ``__call__`` of their own."""
     if "__call__" in vars(kind):
         yield kind
     subclasses: list[type] = kind.__subclasses__()
@@ -70,6 +73,8 @@ def _kinds(kind: type) -> Iterator[type]:
 
 
 class _RecordCalls(TorchFunctionMode):
+    """Records the calls of torch's functions as nodes, those without a proxy argument too."""
+
     def __init__(self, tracer: Retracer) -> None:
         super().__init__()
         self._tracer = tracer
@@ -83,6 +88,7 @@ class _RecordCalls(TorchFunctionMode):
 
 
 def _describe(graph: Graph, root: Module) -> None:
+    """Give the nodes that depend on parameters alone their metadata, in their grad modes."""
     known, before = Propagation(), _is_grad_enabled()
     try:
         for node in graph.nodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, GraphModule, Node
 
+from fxparam._torch.fx import copy_nodes
 from fxparam.graph.passes.prologue import prologue_of, subgraph
 
 __all__ = ["split"]
@@ -56,7 +57,7 @@ def _body(graph: Graph, lifted: set[Node], values: list[Node]) -> Graph:
     for node in values:
         copies[node] = new.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    for node in graph.nodes:
-        if node not in lifted and not (node.op == "get_attr" and set(node.users) <= lifted):
-            copies[node] = new.node_copy(node, copies.__getitem__)
+    for_lifted = (n for n in graph.find_nodes(op="get_attr") if set(n.users) <= lifted)
+    gone = lifted.union(for_lifted)
+    copy_nodes((node for node in graph.nodes if node not in gone), new, copies)
     return new

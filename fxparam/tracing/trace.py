@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from fxparam._torch.fx import unpickle_with
+from fxparam.eager.rollback import attributes_kept
 from fxparam.graph import hoist
 from fxparam.graph.passes.naming import label
 from fxparam.graph.passes.prologue import lift
@@ -50,6 +51,7 @@ def symbolic_trace(
     Raises:
         torch.fx.proxy.TraceError: the model cannot be traced without example inputs; the message
             names the module. Or it binds to a buffer what a graph cannot write to it.
+        TypeError: ``root`` is neither a module nor a function.
         ValueError: both ``concrete_args`` and ``example_inputs`` are given.
 
     Source: :func:`torch.fx.symbolic_trace`.
@@ -67,6 +69,11 @@ def symbolic_trace(
         >>> [node.name for node in fxparam.symbolic_trace(Twice()).graph.nodes][3:]
         ['cell_weight', 'linear', 'tanh', 'linear_1', 'tanh_1', 'output']
     """
+    if not callable(root):  # torch would name it by its repr, which of a model is long
+        raise TypeError(
+            "Modules and functions can be traced.\n"
+            f"required: a torch.nn.Module or a function\nfound: {type(root).__name__}"
+        )
     if example_inputs is not None and concrete_args is not None:
         raise ValueError(
             "concrete_args are for tracing without example inputs.\n"
@@ -86,41 +93,37 @@ def symbolic_trace(
 
 
 def _traced(root: Any, concrete_args: dict[str, Any] | None) -> GraphModule:
+    """Return the graph of a model that is traced symbolically; the model is unchanged."""
     tracer = Tracer()
     if not isinstance(root, Module):
         graph = tracer.trace(root, concrete_args)
         return TracedModule(tracer.root, graph, _name(root))
-    with _unchanged(root) as constants:
+    with attributes_kept(root):
+        before = set(vars(root))
         graph = tracer.trace(root, concrete_args)
+        constants = {name: value for name, value in vars(root).items() if name not in before}
     leaves = [str(node.target) for node in graph.find_nodes(op="call_module")]
     held = skeleton(root, leaves)
-    for name, constant in constants.items():
-        held.register_buffer(name, constant, persistent=False)
+    for name, value in constants.items():
+        _hold(held, name, value)
     for node in graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
-        module, value = held.get_submodule(path), attribute(root, str(node.target))
+        module = held.get_submodule(path)
         if not hasattr(module, name):  # a plain attribute: a tensor, or an opaque object
-            if isinstance(value, torch.Tensor):
-                module.register_buffer(name, value, persistent=False)
-            else:
-                setattr(module, name, value)
+            _hold(module, name, attribute(root, str(node.target)))
     return TracedModule(held, graph, _name(root))
 
 
-@contextmanager
-def _unchanged(root: Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Take off the model the constants that torch.fx puts on it."""
-    before = set(vars(root))
-    constants: dict[str, torch.Tensor] = {}
-    try:
-        yield constants
-    finally:
-        for name in set(vars(root)) - before:
-            if isinstance(vars(root)[name], torch.Tensor):
-                constants[name] = vars(root).pop(name)
+def _hold(module: Module, name: str, value: Any) -> None:
+    """Let a module hold a tensor as a buffer that is no part of its state, or another object."""
+    if isinstance(value, torch.Tensor):
+        module.register_buffer(name, value, persistent=False)
+    else:
+        setattr(module, name, value)
 
 
 def _captured(root: Any, example_inputs: Sequence[Any]) -> GraphModule:
+    """Return the graph of a model that is captured by Dynamo; the model is unchanged."""
     gm = capture(root, example_inputs, Tracer)
     held = skeleton(root) if isinstance(root, Module) else Module()
     for node in gm.graph.find_nodes(op="get_attr"):
@@ -128,13 +131,10 @@ def _captured(root: Any, example_inputs: Sequence[Any]) -> GraphModule:
         value = getattr(gm, name, None)  # what is not the model's: constants and bodies
         if value is None or name in held._parameters or name in held._buffers:
             continue
-        if isinstance(value, torch.Tensor):
-            held.register_buffer(name, value, persistent=False)
-        else:
-            setattr(held, name, value)
-            for body in value.modules() if isinstance(value, Module) else ():
-                if isinstance(body, GraphModule):
-                    body._tracer_cls = Retracer
+        _hold(held, name, value)
+        for body in value.modules() if isinstance(value, Module) else ():
+            if isinstance(body, GraphModule):
+                unpickle_with(body, Retracer)
     return TracedModule(held, gm.graph, _name(root))
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 from torch.nn import Module
 
+from fxparam._torch.fx import unpickle_with
 from fxparam.tracing.retrace import Retracer
 
 __all__ = ["Blocks", "TracedModule", "skeleton"]
 
 
 class TracedModule(GraphModule):
-    """A graph module that holds all that ``root`` holds, used by its graph or not."""
+    """A graph module that holds every parameter and buffer of ``root``, and its extra state."""
 
     def __init__(
         self, root: Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule"
@@ -49,7 +50,7 @@ def _rebuild(function: Callable[..., GraphModule], arguments: tuple[Any, ...]) -
     body = arguments[0]
     tracer = body.get("_tracer_cls")
     traced = function({**body, "_tracer_cls": Retracer}, *arguments[1:])
-    traced.graph._tracer_cls = tracer
+    unpickle_with(traced.graph, tracer)
     held = Module()
     held.__dict__ = dict(body)
     return TracedModule(held, traced.graph, held.__dict__.get("_graphmodule_cls_name", ""))
@@ -59,7 +60,10 @@ _EXTRA = "_extra_state"
 
 
 class _Stateful(Module):
-    """Holds the extra state that a module had, so that state dicts fit both."""
+    """Holds a copy of the extra state of a module, without which state dicts would not fit both.
+
+    ``load_state_dict`` is strict about the key (``test_extra_state``).
+    """
 
     def get_extra_state(self) -> Any:
         return self.__dict__[_EXTRA]
@@ -69,6 +73,7 @@ class _Stateful(Module):
 
 
 def _bare(module: Module) -> Module:
+    """Return an empty module, with the extra state of ``module`` if it has any."""
     if type(module).get_extra_state is Module.get_extra_state:
         return Module()
     bare = _Stateful()
@@ -102,7 +107,7 @@ def skeleton(root: Module, whole: Sequence[str] = ()) -> Module:
 
 
 class Blocks:
-    """A transformer of generated code that puts a heading over the prologue and over the body."""
+    """Puts a heading over the prologue and over the body, in the code of a graph."""
 
     def __init__(self, prologue: Sequence[str]) -> None:
         self.prologue = frozenset(prologue)

@@ -32,7 +32,7 @@ class Tracer(torch.fx.Tracer):
     (``cell.parametrizations.weight.original``) and every buffer by name. What a parametrization
     asks of its originals' shapes and dtypes is answered while tracing and fixed in the graph.
     Switches of the grad mode are recorded. What code binds to buffers (``self.h = f(self.h)``) is
-    written to them at the end of the graph; what it binds to other attributes is forgotten.
+    written to them at the end of the graph; other attributes it changes are put back.
 
     Each access is an evaluation, as in eager code; :func:`symbolic_trace` shares them.
 
@@ -68,7 +68,10 @@ class Tracer(torch.fx.Tracer):
         root: Module | Callable[..., Any],
         concrete_args: dict[str, Any] | None = None,
     ) -> Graph:
-        """The graph of ``root``, whose tensors ``get_attr`` nodes read by their names in it."""
+        """Return the graph of ``root``, whose ``get_attr`` nodes read tensors by their names.
+
+        Constants are attributes of ``root`` afterwards, as :class:`torch.fx.Tracer` makes them.
+        """
         self._state = State(root)
         tensors = self._state.tensors
         self._own = {id(tensor) for tensor in tensors.values()}
@@ -76,20 +79,24 @@ class Tracer(torch.fx.Tracer):
         self._constants = Constants(
             [*tensors.values(), *self._state.plain_tensors], lambda: self._known.running
         )
-        self._made: set[str] = set()  # names of constants
+        self._made: set[str] = set()  # the names of constants
         try:
             if isinstance(root, Module):
                 _check_backward_hooks(root)
             with self._recording():
                 graph = super().trace(root, concrete_args)
             self._finish(graph, tensors)
-            return graph
+            read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+            added = {name: value for name, value in vars(self.root).items() if name in read}
         except (_CannotTraceError, CannotRebindError):
             raise
         except Exception as error:
             raise _CannotTraceError("the model", root, error) from error
         finally:
-            self._state.restore(keep=self._made)
+            self._state.restore()
+        for name, value in added.items():  # constants, which torch.fx has made on the root
+            vars(self.root).setdefault(name, value)
+        return graph
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -119,7 +126,10 @@ class Tracer(torch.fx.Tracer):
                     output.replace_input_with(node, graph.call_method("clone", (node,)))
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
-        """As in torch.fx, but for parametrized modules and the modules of parametrizations."""
+        """Check whether calls of ``m`` become one node each, as torch.fx does with built-in layers.
+
+        False for parametrized modules, and for the modules of parametrizations.
+        """
         inside = any(
             isinstance(kind, type) and issubclass(kind, ParametrizationList)
             for _, kind in self.module_stack.values()
@@ -151,7 +161,7 @@ class Tracer(torch.fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """As in torch.fx, with the forward hooks of the model itself around its ``forward``."""
+        """Return the function to trace, with the model's own forward hooks, and its arguments."""
         call, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         if not is_module or not (self.root._forward_hooks or self.root._forward_pre_hooks):
             return call, args
@@ -164,10 +174,10 @@ class Tracer(torch.fx.Tracer):
         return hooked, args
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
-        """As in torch.fx, with metadata where parameters alone decide them."""
+        """Make a node, with its metadata where parameters alone decide them."""
         node = super().create_node(kind, *args, **kwargs)
         if isinstance(node.type, str):
-            node.type = None  # a postponed annotation, with which torch.fx would not pickle
+            node.type = None  # a postponed annotation; torch.fx pickles no graph with one
         self._known.describe(node, self.root)
         shown = shown_attribute(written_argument(node))
         if shown is not None and str(shown.target) in self.tensor_attrs.values():
@@ -176,7 +186,7 @@ class Tracer(torch.fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """As in torch.fx, with one constant for all that are equal."""
+        """Turn an argument into one of a node; equal constants become the same one."""
         if not isinstance(a, torch.Tensor) or id(a) in self._own or a in self.tensor_attrs:
             return super().create_arg(a)
         a = self._constants.first_equal(a)
@@ -198,7 +208,7 @@ class Tracer(torch.fx.Tracer):
         return proxy
 
     def _assigning(self, original: Callable[[Module, str, Any], None]) -> Callable[..., None]:
-        """Assignment to modules, where a buffer holds what traced code computes."""
+        """Return a ``Module.__setattr__`` that lets a buffer hold what traced code computes."""
 
         def assign(module: Module, name: str, value: Any) -> None:
             is_tensor = isinstance(value, (Proxy, torch.Tensor)) and not isinstance(
@@ -215,7 +225,7 @@ class Tracer(torch.fx.Tracer):
 
 
 class _CannotTraceError(TraceError):
-    """Says which module could not be traced."""
+    """Raised for a module that cannot be traced; the message names the innermost one."""
 
     def __init__(self, path: str, module: object, error: Exception) -> None:
         kind = type(module).__name__ if isinstance(module, Module) else "a function"
@@ -229,14 +239,19 @@ class _CannotTraceError(TraceError):
 
 
 def _check_backward_hooks(module: Module) -> None:
-    """Raise for hooks that torch hangs on the tensors of a call, of which there are none here."""
+    """Raise NotImplementedError if a module has backward hooks.
+
+    torch hangs them on the tensors of a call, and tracing has proxies instead.
+    """
     if module._backward_hooks or module._backward_pre_hooks:
         raise NotImplementedError("a backward hook on the module, which would be lost")
 
 
 def _refusing_functions() -> Any:
-    """Return an ``apply`` that raises for proxies: what they leave in the graph is the forward
-    alone.
+    """Return an ``autograd.Function.apply`` that raises NotImplementedError for proxies.
+
+    The graph would have the nodes of its forward alone, with their own derivatives
+    (``test_a_custom_backward_is_not_lost``).
     """
     original: Any = torch.autograd.Function.apply
 
@@ -250,7 +265,10 @@ def _refusing_functions() -> Any:
 
 @contextmanager
 def _no_other_modes(known: Propagation) -> Iterator[None]:
-    """Refuse modes that symbolic tracing would not record."""
+    """Raise NotImplementedError when traced code enters autocast or inference mode in the block.
+
+    The graph would run without them (``test_modes_that_are_not_recorded_are_refused``).
+    """
 
     def refusing(mode: type) -> Any:
         original: Any = mode.__enter__  # type: ignore[attr-defined]

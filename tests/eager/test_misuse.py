@@ -326,3 +326,49 @@ def test_removal_of_several_leaves_a_parameter() -> None:
         with torch.set_grad_enabled(grad):
             ours.remove_parametrizations(layer, "weight")
         assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad is not frozen
+
+
+def _deep() -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))
+
+
+def _wide() -> nn.Module:
+    module = nn.Module()
+    for i in range(200):
+        module.register_parameter(f"parameter_{i}", nn.Parameter(torch.ones(1)))
+    return module
+
+
+def _wide_parametrized() -> nn.Module:
+    module = _wide()
+    for i in range(12):
+        ours.register_parametrization(module, f"parameter_{i}", zoo.Identity())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda: ours.register_parametrization(_deep(), "weight", zoo.Identity()), "Sequential"),
+        (lambda: ours.register_parametrization(_wide(), "weight", zoo.Identity()), "190 more"),
+        (lambda: ours.register_parametrization(_deep(), _deep(), zoo.Identity()), "Sequential"),
+        (lambda: ours.register_parametrization([_deep()], "weight", zoo.Identity()), "found: list"),
+        (lambda: ours.register_parametrization(_deep(), "weight", [_deep()]), "found: list"),
+        (lambda: ours.adopt({"model": _deep()}), "found: dict"),
+        (lambda: ours.remove_parametrizations(_deep(), "weight"), "Sequential"),
+        (lambda: ours.remove_parametrizations(_deep(), _deep()), "Sequential"),
+        (lambda: ours.remove_parametrizations(_wide_parametrized(), "weight"), "2 more"),
+        (
+            lambda: ours.transfer_parametrizations_and_params(
+                _wide_parametrized(), zoo.linear(), "weight"
+            ),
+            "2 more",
+        ),
+        (lambda: ours.transfer_parametrizations_and_params(_deep(), [_deep()]), "found: list"),
+    ],
+)
+def test_an_error_names_a_model_and_does_not_print_it(call: Callable[[], Any], found: str) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError)) as caught:
+        call()
+    assert found in str(caught.value)
+    assert len(str(caught.value)) < 600

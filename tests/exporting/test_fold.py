@@ -469,3 +469,29 @@ def test_folding_a_decomposed_program_that_writes_is_refused() -> None:
     program = torch.export.export(layer, (torch.ones(2, 4),)).run_decompositions()
     with pytest.raises(ValueError, match="found: weight: the evaluation writes"):
         fxparam.fold(program)
+
+
+class _Uses(nn.Module):
+    """Reads a parametrized tensor, and its original, outside of the evaluation."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4, dtype=torch.float64)
+        parametrize.register_parametrization(self.a, "weight", step)
+
+    def forward(self, x: Tensor) -> Any:
+        original: Any = self.a.parametrizations.weight.original  # type: ignore[union-attr]
+        return self.a(x), self.a.weight * 2, original.norm()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("step", [nn.Identity, zoo.Symmetric])
+def test_what_uses_a_tensor_is_no_part_of_its_evaluation(
+    step: type[nn.Module], strict: bool
+) -> None:
+    model = _Uses(step()).eval()
+    folded = fxparam.export(model, (X,), strict=strict, fold=True)
+    runs_equal(folded, model, X)
+    torch.testing.assert_close(folded.state_dict["a.weight"], model.a.weight)
+    kept = {"a.parametrizations.weight.original"} if step is zoo.Symmetric else set()
+    assert folded.state_dict.keys() == {"a.bias", "a.weight"} | kept

@@ -20,17 +20,11 @@ def _chain(m: nn.Module) -> None:
         parametrize.register_parametrization(m, "weight", step)
 
 
-def _shown(gm: torch.fx.GraphModule) -> str:
-    return "\n".join(
-        line.strip().partition(";")[0] for line in gm.code.splitlines() if line.strip()
-    )
-
-
 class TestPictures(expecttest.TestCase):
     def picture(self, model: nn.Module, *args: Any) -> str:
         before = fxparam.symbolic_trace(model, share=False, example_inputs=args or None)
         after = fxparam.symbolic_trace(model, example_inputs=args or None)
-        return f"{_shown(before)}\n---\n{_shown(after)}"
+        return f"{helpers.shown(before)}\n---\n{helpers.shown(after)}"
 
     def test_symmetric_linear(self) -> None:
         linear = parametrize.register_parametrization(nn.Linear(3, 3), "weight", zoo.Symmetric())

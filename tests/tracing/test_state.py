@@ -273,6 +273,35 @@ def test_random_numbers_and_writes_to_constants_are_refused() -> None:
         torch.testing.assert_close(_steps(loaded), _steps(model))
 
 
+@captured
+def test_tracing_changes_no_attribute(example: bool) -> None:
+    def changes(m: Any, x: Tensor) -> Any:
+        m.calls += 1
+        m.seen.append(x.shape[0] if example else "a call")
+        m.by_name["last"] = m.calls
+        return m.cell(x)
+
+    model = Model(changes)
+    model.calls, model.seen, model.by_name = 0, [], {}  # type: ignore[assignment]
+    seen, by_name = model.seen, model.by_name
+    gm = _traced(model, example)
+    assert (model.calls, model.seen, model.by_name) == (0, [], {})
+    assert model.seen is seen and model.by_name is by_name
+    torch.testing.assert_close(gm(X), model(X))
+
+
+def test_a_refused_trace_leaves_no_constant() -> None:
+    def branches(m: Any, x: Tensor) -> Any:
+        y = m.cell(x) + torch.ones(3)
+        return y if y.sum() > 0 else x
+
+    model = Model(branches)
+    before = dict(vars(model))
+    with pytest.raises(TraceError, match="control flow"):
+        fxparam.Tracer().trace(model)
+    assert vars(model) == before
+
+
 def test_a_constant_is_returned_as_a_copy() -> None:
     gm = _traced(Model(lambda m, x: (m.cell(x), torch.zeros(3))), example=False)
     gm(X)[1].add_(1)
@@ -286,6 +315,44 @@ def test_equal_constants_are_one(example: bool) -> None:
     gm = fxparam.symbolic_trace(model, example_inputs=(x,) if example else None)
     torch.testing.assert_close(gm(x), model(x))
     assert sum("solve" in getattr(n.target, "__name__", str(n.target)) for n in gm.graph.nodes) == 1
+
+
+def _nan(payload: int) -> Tensor:
+    return torch.tensor([0x7FC00000 + payload], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda: [torch.zeros(1), torch.zeros(1)], 1),
+        (lambda: [torch.tensor(0.0), torch.tensor(0.0)], 1),
+        (lambda: [torch.zeros(1), -torch.zeros(1)], 2),
+        (lambda: [_nan(0), _nan(0)], 1),
+        (lambda: [_nan(0), _nan(1)], 2),
+        (lambda: [torch.ones(1), torch.ones(1, dtype=torch.int32)], 2),
+        (lambda: [torch.ones(3, 3), torch.ones(3, 3).mT], 2),
+        (lambda: [torch.ones(3, 3)[1:], torch.ones(2, 3)], 1),
+        (lambda: [torch.ones(2, 1, dtype=torch.complex64)] * 2, 1),
+        (lambda: [torch.zeros(1), torch.ones(1), torch.zeros(1), torch.ones(1)], 2),
+    ],
+)
+def test_constants_of_equal_bits_and_geometry_are_one(
+    make: Callable[[], list[Tensor]], count: int
+) -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [x[(...,) + (None,) * c.dim()] + c for c in make()]
+
+    graph = fxparam.Tracer().trace(Shifted())
+    assert len({node.target for node in graph.find_nodes(op="get_attr")}) == count
+
+
+def test_a_constant_inside_a_transform_is_refused() -> None:
+    def scaled(m: Any, x: Tensor) -> Any:
+        return torch.vmap(lambda row: row * m.cell(x))(torch.ones(4, 3))
+
+    with pytest.raises(TraceError, match="example_inputs="):
+        _traced(Model(scaled), example=False)
 
 
 @pytest.mark.parametrize("name", ["h", "g", "plain"])

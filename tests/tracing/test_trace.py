@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
@@ -274,6 +275,23 @@ def test_a_leaf_if_the_user_says_so() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="one of concrete_args and example_inputs"):
         fxparam.symbolic_trace(nn.Linear(2, 2), {"input": 1}, example_inputs=(torch.ones(2),))
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_an_error_names_a_model_and_does_not_print_it(example: bool) -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else super().forward(x)
+
+    layers = [nn.Linear(5, 5) for _ in range(200)]
+    inputs = (_input(),) if example else None
+    cases: list[tuple[Any, type[Exception], str]] = [(layers, TypeError, "found: list")]
+    if not example:  # with one it is Dynamo that says what it cannot do
+        cases.append((Branches(*layers), TraceError, r"the model \(Branches\)"))
+    for root, error, words in cases:
+        with pytest.raises(error, match=words) as caught:
+            fxparam.symbolic_trace(root, example_inputs=inputs)
+        assert len(str(caught.value)) < 600
 
 
 def test_modes_that_are_not_recorded_are_refused() -> None:

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxparam._torch.names import HigherOrderOperator, OpOverload, OpOverloadPacket, tree_flatten
+from fxparam._torch.fx import op_name
+from fxparam._torch.names import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    qualified_name,
+    tree_flatten,
+)
 from fxparam.graph.analysis.nodes import body_of, tensors_in, value_of
 
 __all__ = ["is_backward_additive"]
@@ -71,7 +78,7 @@ def _is_additive(body: GraphModule, gradients: set[Node]) -> bool:
     for node in body.graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        name = _name(node)
+        name = op_name(node)
         on = [a for a in node.all_input_nodes if a in depends]
         if name in _ZEROS:
             zeros.add(node)
@@ -121,9 +128,7 @@ def _is_continuous(node: Node) -> bool:
 
 
 def _is_narrower(node: Node, on: list[Node]) -> bool:
-    """Check whether the value has fewer bits than what it is computed from: rounding is not
-    additive.
-    """
+    """Check whether the value has fewer bits than its inputs, hence is rounded: not additive."""
     of = [torch.finfo(t.dtype) for n in on for t in tensors_in(value_of(n))]
     into = [torch.finfo(t.dtype) for t in tensors_in(value_of(node))]
     return not of or any(b.eps > a.eps or b.max < a.max for a in of for b in into)
@@ -150,7 +155,7 @@ def _occurrences(node: Node, argument: Node) -> int:
 
 
 def _is_fact(node: Node, name: str) -> bool:
-    """Return a question about shape or dtype, which the gradient's values do not answer."""
+    """Check whether a node asks for a shape or dtype, which no gradient's values change."""
     return name in _FACTS or (name == "getattr" and node.args[1] in _FACTS)
 
 
@@ -158,12 +163,5 @@ def _is_custom(node: Node) -> bool:
     target: Any = node.target
     if not isinstance(target, (OpOverload, OpOverloadPacket)):
         return False
-    name = getattr(target, "_qualified_op_name", None) or target._schema.name
-    return str(name).partition("::")[0] not in ("aten", "prims", "prim", "_c10d_functional")
-
-
-def _name(node: Node) -> str:
-    target: Any = node.target
-    if isinstance(target, OpOverload):
-        return str(target._schema.name).partition("::")[2]
-    return str(getattr(target, "__name__", target))
+    namespace = qualified_name(target).partition("::")[0]
+    return namespace not in ("aten", "prims", "prim", "_c10d_functional")

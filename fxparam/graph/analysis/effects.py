@@ -29,7 +29,7 @@ from fxparam.graph.analysis.nodes import attribute_of, body_of, tensors_in, valu
 from fxparam.graph.analysis.op_effects import UNKNOWN, OpEffects, Ops, is_torch
 from fxparam.graph.analysis.schemas import is_confined, may_alias, writes_nothing
 
-__all__ = ["EffectTable", "Effects", "analyze"]
+__all__ = ["analyze"]
 
 # Higher-order ops that do no more than run their bodies, beside those of graph/bodies.py, whose
 # operands are followed into the bodies. Others may do anything to their operands: register_hook
@@ -280,7 +280,7 @@ class _Analysis:
         return self.of[operand].storages if isinstance(operand, Node) else frozenset()
 
     def _higher_order(self, node: Node) -> OpEffects:
-        """Return the effects of the bodies; which operand a body's input is, is not asked."""
+        """Return the effects of the bodies, each of whose inputs may be any of the operands."""
         bodies = [m for m in (body_of(self.gm, a) for a in node.all_input_nodes) if m is not None]
         name = getattr(node.target, "__name__", "")
         if name not in _RUNS_BODIES or not bodies or value_of(node) is None:
@@ -333,5 +333,5 @@ def _takes_gradients(node: Node) -> bool:
 
 
 def _is_unknown(effects: Effects) -> bool:
-    """Return an operation of which nothing is known, rather than a mode switch."""
+    """Check whether effects are those of an unknown operation, rather than of a mode switch."""
     return not effects.known and (effects.random or effects.writes_all)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.modes import grad_may_be_enabled
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 
@@ -15,8 +15,7 @@ DETACHES = {"detach", torch.detach, torch.ops.aten.detach.default}
 
 
 def reached_by_gradients(graph: Graph, table: EffectTable) -> set[Node]:
-    """Return the nodes that a result, or what is there for its effect, is computed from
-    differentiably.
+    """Return the nodes from which a result, or an effect, is computed differentiably.
 
     A value that is read under ``detach()`` or ``no_grad()`` alone is not among them: it has no
     gradient, which is another thing than a gradient of zeros where a derivative is infinite.

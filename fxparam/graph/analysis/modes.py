@@ -152,7 +152,7 @@ def _casts_to(state: _Autocast) -> Hashable:
 
 
 def _is_switch(node: Node, switches: set[Node]) -> bool:
-    """Return a call that neither takes nor returns a tensor or a number."""
+    """Check whether a node is a call that neither takes nor returns a tensor or a number."""
     if node.op not in ("call_function", "call_method"):
         return False
     if node.target in (torch.is_grad_enabled, set_grad_enabled):

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fxparam._torch.fx import is_erased
 from fxparam.graph.analysis.bodies import Call, call_of
 from fxparam.graph.analysis.derived import Derived, derive, is_parameter
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.nodes import ancestors
 
 __all__ = ["Context", "Level", "inputs_in_each_run", "is_run_again", "levels_of"]

@@ -100,8 +100,7 @@ def modules_around(node: Node) -> dict[str, Any]:
 
 
 def _is_list(kind: type | str) -> bool:
-    """Check whether a module stack's entry is a ``ParametrizationList``: export keeps classes by
-    name.
+    """Check whether an entry of a module stack is a list; export keeps classes by their names.
 
     The class of a list with a parametrized original is made by ``register_parametrization``, which
     puts ``Parametrized`` in front of the name.

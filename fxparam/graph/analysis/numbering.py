@@ -35,9 +35,7 @@ def key_of(gm: GraphModule, node: Node, number: Mapping[Node, Hashable]) -> Hash
 
 
 def _body_key(gm: GraphModule) -> Hashable:
-    """Return a body by what it does: each capture of an ``autograd.Function`` has a body of its
-    own.
-    """
+    """Return a key for what a body does: each capture of a Function has a body of its own."""
     number: dict[Node, Hashable] = {}
     keys: list[Hashable] = []
     for i, node in enumerate(gm.graph.nodes):

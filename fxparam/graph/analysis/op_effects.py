@@ -24,6 +24,8 @@ from fxparam._torch.names import (
     OpOverloadPacket,
     ShapeEnv,
     TorchDispatchMode,
+    qualified_name,
+    schema_of,
     tree_flatten,
     tree_map,
 )
@@ -60,7 +62,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments):
+        for i, argument in enumerate(schema_of(func).arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             declared = argument.alias_info is not None and argument.alias_info.is_write
             if declared or _writes_undeclared(func, argument.name, args, kwargs):
@@ -116,8 +118,7 @@ class Ops:
 
 
 def _picked(node: Node) -> OpEffects | None:
-    """Return the effects of taking one of several results, without running it on fakes of all of
-    them.
+    """Return the effects of taking one of several results, without a run on fakes of them all.
 
     A loop over the rows of ``x.unbind()`` takes as many as there are.
     """
@@ -135,10 +136,8 @@ def _picked(node: Node) -> OpEffects | None:
 
 
 def _may_raise(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Check whether the data decides if an ATen op raises: factorizations, indices, integer
-    division.
-    """
-    name = func._schema.name.partition("::")[2]
+    """Check whether data decide if an op raises: factorizations, indices, integer division."""
+    name = qualified_name(func).partition("::")[2]
     if name.startswith("_assert") or name in ("_linalg_check_errors", "is_nonzero"):
         return True
     if name.startswith(_PARTIAL) and name not in _TOTAL:
@@ -162,7 +161,7 @@ def _writes_undeclared(func: Any, name: str, args: Any, kwargs: dict[str, Any]) 
         return True
     if not name.startswith("running_"):
         return False
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(schema_of(func).arguments):
         if argument.name in ("training", "train", "use_input_stats"):
             return bool(args[i] if i < len(args) else kwargs.get(argument.name, True))
     return True
@@ -245,7 +244,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> object:
-    """Return a tensor's storage; an op that makes one without is not understood."""
+    """Return a tensor's storage; raise for one that has none, whose op is not understood then."""
     storage = storage_of(tensor)
     if storage is None:
         raise NotImplementedError("a tensor without a storage")

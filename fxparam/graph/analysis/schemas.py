@@ -19,6 +19,7 @@ from fxparam._torch.names import (
     OpOverloadPacket,
     builtin_name,
     is_composite,
+    qualified_name,
     schemas_of,
 )
 from fxparam.graph.analysis.nodes import attribute_of
@@ -93,10 +94,8 @@ def _schemas(node: Node) -> list[Any]:
 
 def _name(node: Node) -> str | None:
     target: Any = node.target
-    if isinstance(target, OpOverload):
-        return str(target._schema.name)
-    if isinstance(target, OpOverloadPacket):
-        return str(target._qualified_op_name)
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return qualified_name(target)
     if node.op == "call_method":
         return f"aten::{target}"
     spelled = getattr(target, "__name__", "")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from fxparam._torch.fx import copy_nodes, hold
 from fxparam.graph.analysis.bodies import Call
 from fxparam.graph.analysis.nodes import value_of
 
@@ -45,32 +46,12 @@ def recompute_as_before(
     op: Any = call.node.target
     inside = [n for n in body.graph.nodes if n.op in ("call_function", "call_method")]
     moved = [copies[node] for node in inside if node in copies]
-    graph = Graph()
-    entered: dict[Node, Node] = {}
-    operands: list[Node] = []
-    for node in moved:
-        for argument in node.all_input_nodes:
-            if argument in entered:
-                continue
-            if argument.op == "get_attr":  # a body, of an autograd.Function
-                entered[argument] = graph.node_copy(argument)
-                continue
-            entered[argument] = graph.placeholder(argument.name)
-            entered[argument].target = entered[argument].name
-            entered[argument].meta = dict(argument.meta)
-            operands.append(argument)
-        entered[node] = graph.node_copy(node, entered.__getitem__)
-    graph.output(tuple(entered[copies[node]] for node in wanted))
-    region = GraphModule(gm, graph)
+    values = [copies[node] for node in wanted]
+    region, operands = _region_of(gm, moved, values)
     region.meta = {_POLICY: body.meta[_POLICY], _MOVED: True}
-    name = "moved_region_0"
-    while hasattr(gm, name):
-        name = f"moved_region_{int(name.rpartition('_')[2]) + 1}"
-    gm.add_submodule(name, region)
     with call.node.graph.inserting_before(call.node):
-        target = call.node.graph.get_attr(name)
+        target = call.node.graph.get_attr(hold(gm, "moved_region", region))
         made = call.node.graph.call_function(op, (target, *operands), dict(call.node.kwargs))
-        values = [copies[node] for node in wanted]
         example = tuple(value_of(value) for value in values)
         made.meta = {**call.node.meta, "example_value": example}
         for i, (node, value) in enumerate(zip(wanted, values, strict=True)):
@@ -79,3 +60,27 @@ def recompute_as_before(
     bodies = [a for node in moved for a in node.all_input_nodes if a.op == "get_attr"]
     for node in (*reversed(moved), *dict.fromkeys(bodies)):
         call.node.graph.erase_node(node)
+
+
+def _region_of(
+    gm: GraphModule, nodes: list[Node], values: list[Node]
+) -> tuple[GraphModule, list[Node]]:
+    """Return a body that runs copies of some nodes and returns values, and what it is to be given.
+
+    Args:
+        gm: the module of the nodes' graph.
+        nodes: the nodes, in order.
+        values: those of them that the body returns.
+    """
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
+    graph, copies = Graph(), dict[Node, Node]()
+    inside = set(nodes)
+    operands = [n for n in read if n not in inside and n.op != "get_attr"]
+    for operand in operands:
+        copies[operand] = graph.placeholder(operand.name)
+        copies[operand].target = copies[operand].name
+        copies[operand].meta = dict(operand.meta)
+    bodies = (n for n in read if n.op == "get_attr")  # of autograd.Functions
+    copy_nodes((*bodies, *nodes), graph, copies)
+    graph.output(tuple(copies[value] for value in values))
+    return GraphModule(gm, graph), operands

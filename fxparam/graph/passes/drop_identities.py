@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.tensors import geometry
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.gradients import DETACHES
 from fxparam.graph.analysis.nodes import owner, value_of
@@ -38,5 +39,4 @@ def _geometry(node: Node) -> object:
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return None
-    numbers = tuple(value.shape), value.stride(), value.storage_offset()
-    return (*numbers, value.dtype, value.is_conj(), value.is_neg(), value.requires_grad)
+    return (*geometry(value), value.is_conj(), value.is_neg(), value.requires_grad)

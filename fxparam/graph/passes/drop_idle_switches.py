@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import is_erased
 from fxparam._torch.names import set_grad_enabled
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 
 __all__ = ["drop_idle_switches"]
 

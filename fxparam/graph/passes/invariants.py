@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.gradients import reached_by_gradients
 from fxparam.graph.analysis.nesting import Context, Level, is_run_again
 from fxparam.graph.analysis.nodes import ancestors, value_of

@@ -17,15 +17,21 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.fx import copy_nodes
 from fxparam.graph.analysis.bodies import Call
 from fxparam.graph.analysis.nesting import Context, Level
-from fxparam.graph.analysis.nodes import ancestors, attribute_of, meta_with, owner, value_of
+from fxparam.graph.analysis.nodes import ancestors, meta_with, owner, value_of
 from fxparam.graph.passes.checkpoint_policy import is_recomputed, recompute_as_before
 from fxparam.graph.passes.invariants import entering, invariants_of
-from fxparam.graph.passes.operands import drop_operands, merge_operands, used_operands
+from fxparam.graph.passes.operands import (
+    Operand,
+    add_operands,
+    drop_operands,
+    merge_operands,
+    used_operands,
+)
 from fxparam.graph.passes.share import Sharing, erase_unused
 from fxparam.graph.passes.share_regions import marked_evaluations
 from fxparam.graph.passes.sites import Candidates, Sites
@@ -65,7 +71,7 @@ def move_out(levels: list[Level], shared: dict[Level, Sharing], max_bytes: float
     moved = Motion()
     groups = list(_groups(levels))
     for group in groups:
-        moved.operands += merge_operands(_calls(group))
+        moved.operands += merge_operands(_calls_now(group))
     sites = {level: Sites(shared[level]) for level in levels}
     marked = Counter(e.shared_by for s in levels for e in marked_evaluations(s.gm))
     movable = [
@@ -107,6 +113,11 @@ def _calls(group: list[Level]) -> list[Context]:
     return list({context.call.node: context for context in group[0].live}.values())
 
 
+def _calls_now(group: list[Level]) -> list[Call]:
+    """Return the calls of a group, each once, with the operands that they have now."""
+    return [context.current for context in _calls(group)]
+
+
 def _move_group(
     group: list[Candidates],
     sites: Mapping[Level, Sites],
@@ -122,24 +133,16 @@ def _move_group(
             crossing[number].append((index, node))
     if not crossing:
         return
-    contexts = _calls([body.level for body in group])
-    used = used_operands(contexts[0])
+    levels = [body.level for body in group]
+    used = used_operands(_calls_now(levels)[0])
     firsts = [places[0] for places in crossing.values()]
-    for context in contexts:
-        call = context.current
-        copies: dict[Node, Any] = {}
-        for index, body in enumerate(group):
-            wanted = [node for i, node in firsts if i == index]
-            copies.update(_copy_before(context, call, index, body, wanted, moved))
-            recompute_as_before(call, body.level.gm, wanted, copies)
-        operands = [
-            copies[places[0][1]] if _has_a_gradient(group, places) else _detached(copies, places)
-            for places in crossing.values()
-        ]
-        call.set_operands([*call.operands, *operands])
-    for places in crossing.values():
-        _enter_as_operand(group, places, contexts[0].call.branches)
-    drop_operands(contexts, used - used_operands(contexts[0]))
+    made = [_copy_before(context, group, firsts, moved) for context in _calls(levels)]
+    added = [_as_operand(group, places, made) for places in crossing.values()]
+    entered = add_operands(_calls_now(levels), added)
+    for places, placeholders in zip(crossing.values(), entered, strict=True):
+        _read_operand(group, places, placeholders)
+    calls = _calls_now(levels)
+    drop_operands(calls, used - used_operands(calls[0]))
     moved.values += len(crossing)
 
 
@@ -150,9 +153,8 @@ def _has_a_gradient(group: list[Candidates], places: list[tuple[int, Node]]) -> 
     )
 
 
-def _detached(copies: dict[Node, Any], places: list[tuple[int, Node]]) -> Node:
+def _detached(value: Node) -> Node:
     """Return an operand to which a call gives no gradient of zeros."""
-    value: Node = copies[places[0][1]]
     with value.graph.inserting_after(value):
         operand = value.graph.call_method("detach", (value,))
     operand.meta = meta_with(value, value_of(value).detach())
@@ -160,60 +162,62 @@ def _detached(copies: dict[Node, Any], places: list[tuple[int, Node]]) -> Node:
 
 
 def _copy_before(
-    context: Context, call: Call, index: int, body: Candidates, wanted: list[Node], moved: Motion
+    context: Context, group: list[Candidates], wanted: list[tuple[int, Node]], moved: Motion
 ) -> dict[Node, Any]:
-    """Evaluate nodes of a body in front of a call, with the operands of that call."""
+    """Evaluate nodes of bodies in front of a call, with the operands of that call.
+
+    Returns:
+        What the nodes' values are taken from there.
+    """
+    call = context.current
     given = (*call.varying, *call.operands)
-    copies: dict[Node, Any] = dict(zip(call.bodies[index].placeholders, given, strict=True))
-    needed = ancestors(wanted, lambda node: node not in copies)
-    gm = context.parent.gm
-    with gm.graph.inserting_before(call.node):
-        for node in body.level.gm.graph.nodes:
-            if node not in needed:
-                continue
-            if node.op == "get_attr":
-                copies[node] = _copy_attribute(gm, body.level.gm, node)
-                continue
-            copies[node] = gm.graph.node_copy(node, copies.__getitem__)
-            distinguish(copies[node], call.node.name)
-            evaluation = owner(node)
-            if evaluation is not None:
-                moved.origins.setdefault(evaluation[1], {})[call.node] = (call.op, call.iterations)
-    return copies
-
-
-def _copy_attribute(gm: GraphModule, body: GraphModule, node: Node) -> Node:
-    """Return a ``get_attr`` for what a body's module holds, in the graph around."""
-    value = attribute_of(body, node)
-    name = f"_moved_{str(node.target).replace('.', '_')}"
-    while getattr(gm, name, value) is not value:
-        name += "_"
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        gm.register_buffer(name, value, persistent=False)
-    else:
-        setattr(gm, name, value)
-    copied = gm.graph.get_attr(name)
-    copied.meta = dict(node.meta)
-    return copied
-
-
-def _enter_as_operand(
-    group: list[Candidates], places: list[tuple[int, Node]], branches: bool
-) -> None:
-    """Read a new placeholder, the last one of each body, in place of what was moved."""
-    name = places[0][1].name
+    made: dict[Node, Any] = {}
     for index, body in enumerate(group):
-        graph = body.level.gm.graph
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-        point = graph.inserting_after(last[0]) if last else graph.inserting_before()
-        with point:
-            entered = graph.placeholder(name)
-        entered.target = entered.name  # an argument's name, which must be its own
-        value = value_of(places[0][1])
-        given = value if _has_a_gradient(group, places) else value.detach()
-        entered.meta = meta_with(places[0][1], given)
-        if branches:
-            entered = with_gradient_laid_out_alike(entered)
+        copies = dict(zip(call.bodies[index].placeholders, given, strict=True))
+        own = [node for i, node in wanted if i == index]
+        _copy_to(context, body.level.gm, own, copies, moved)
+        recompute_as_before(call, body.level.gm, own, copies)
+        made.update(copies)
+    return made
+
+
+def _copy_to(
+    context: Context, body: GraphModule, wanted: list[Node], copies: dict[Node, Any], moved: Motion
+) -> None:
+    """Copy nodes of a body, and what they are computed from, in front of a call of it."""
+    call, gm = context.call, context.parent.gm
+    needed = ancestors(wanted, lambda node: node not in copies)
+    nodes = [node for node in body.graph.nodes if node in needed]
+    with gm.graph.inserting_before(call.node):
+        copy_nodes(nodes, gm.graph, copies, modules=(body, gm))
+    for node in nodes:
+        if node.op == "get_attr":
+            continue
+        distinguish(copies[node], call.node.name)
+        evaluation = owner(node)
+        if evaluation is not None:
+            moved.origins.setdefault(evaluation[1], {})[call.node] = (call.op, call.iterations)
+
+
+def _as_operand(
+    group: list[Candidates], places: list[tuple[int, Node]], made: list[dict[Node, Any]]
+) -> Operand:
+    """Return the operand that a value enters the bodies as, made in front of each call."""
+    node = places[0][1]
+    given: list[Node] = [copies[node] for copies in made]
+    if _has_a_gradient(group, places):
+        return Operand(given, node.name, node.meta)
+    meta = meta_with(node, value_of(node).detach())
+    return Operand([_detached(value) for value in given], node.name, meta)
+
+
+def _read_operand(
+    group: list[Candidates], places: list[tuple[int, Node]], placeholders: list[Node]
+) -> None:
+    """Read the placeholder of each body in place of what was moved."""
+    branches = group[0].level.live[0].call.branches
+    for index, (body, placeholder) in enumerate(zip(group, placeholders, strict=True)):
+        entered = with_gradient_laid_out_alike(placeholder) if branches else placeholder
         mine = [node for i, node in places if i == index]
         for node in mine:
             node.replace_all_uses_with(entered)

@@ -1,21 +1,73 @@
-"""The operands of calls and the placeholders of their bodies, changed together."""
+"""The operands of calls and the placeholders of their bodies, changed together.
+
+    y = op(body, p, q)                          y = op(body, q, w)
+      body(p, q): w = f(p); g(w, q)       ->      body(q, w): g(w, q)
+
+Between the two an operand ``w`` is added, and ``p``, which the body reads no more, is dropped. The
+calls of each function here are all the calls that run their bodies, as they are at that moment.
+"""
 
 from __future__ import annotations
 
-from torch.fx import Node
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from fxparam.graph.analysis.nesting import Context
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.analysis.bodies import Call
 
 __all__ = [
+    "Operand",
+    "add_operands",
     "drop_operands",
     "merge_operands",
     "used_operands",
 ]
 
 
-def merge_operands(contexts: list[Context]) -> int:
-    """Make operands one that are the same in each call; ops refuse operands that alias."""
-    calls = [context.current for context in contexts]
+@dataclass(frozen=True)
+class Operand:
+    """An operand to be added.
+
+    Attributes:
+        given: its value in each call.
+        name: the name of its placeholders, which get a number behind it where it is taken.
+        meta: the metadata of its placeholders.
+    """
+
+    given: Sequence[Node]
+    name: str
+    meta: dict[str, Any]
+
+
+def add_operands(calls: Sequence[Call], added: Sequence[Operand]) -> list[list[Node]]:
+    """Give calls operands, behind those that they have.
+
+    Returns:
+        For each operand, its placeholder in each of the bodies.
+    """
+    for i, call in enumerate(calls):
+        call.set_operands([*call.operands, *(operand.given[i] for operand in added)])
+    modules = [body.module for body in calls[0].bodies]
+    return [[_add_placeholder(module, operand) for module in modules] for operand in added]
+
+
+def _add_placeholder(body: GraphModule, operand: Operand) -> Node:
+    last = body.graph.find_nodes(op="placeholder")[-1:]
+    with body.graph.inserting_after(last[0]) if last else body.graph.inserting_before():
+        placeholder = body.graph.placeholder(operand.name)
+    placeholder.target = placeholder.name  # an argument's name, which must be its own
+    placeholder.meta = dict(operand.meta)
+    return placeholder
+
+
+def merge_operands(calls: Sequence[Call]) -> int:
+    """Make operands one that are the same in each call; ops refuse operands that alias.
+
+    Returns:
+        How many operands turned out to be another one.
+    """
     seats: dict[tuple[int, ...], int] = {}
     doubled: dict[int, int] = {}
     for i, column in enumerate(zip(*(call.operands for call in calls), strict=True)):
@@ -30,26 +82,28 @@ def merge_operands(contexts: list[Context]) -> int:
         placeholders = body.placeholders[skip:]
         for i, first in doubled.items():
             placeholders[i].replace_all_uses_with(placeholders[first])
-    drop_operands(contexts, set(doubled))
+    drop_operands(calls, doubled)
     return len(doubled)
 
 
-def used_operands(context: Context) -> set[int]:
-    """Indices of the operands that a body reads."""
-    call = context.current
+def used_operands(call: Call) -> set[int]:
+    """Return the indices of the operands that a body reads."""
     skip = len(call.varying)
     columns = zip(*(body.placeholders[skip:] for body in call.bodies), strict=True)
     return {i for i, column in enumerate(columns) if any(p.users for p in column)}
 
 
-def drop_operands(contexts: list[Context], unused: set[int]) -> None:
-    """Take operands that nothing reads any more from the calls and from their bodies."""
-    bodies = contexts[0].current.bodies
-    for context in contexts:
-        call = context.current
-        call.set_operands([v for i, v in enumerate(call.operands) if i not in unused])
-    skip = len(contexts[0].call.varying)
-    for body in bodies:
-        for i, placeholder in enumerate(body.placeholders[skip:]):
-            if i in unused:
-                body.module.graph.erase_node(placeholder)
+def drop_operands(calls: Sequence[Call], unused: Iterable[int]) -> None:
+    """Take operands that no body reads from the calls and from their bodies.
+
+    Args:
+        calls: the calls.
+        unused: the indices of the operands.
+    """
+    gone = set(unused)
+    for call in calls:
+        call.set_operands([v for i, v in enumerate(call.operands) if i not in gone])
+    for body in calls[0].bodies:
+        placeholders = body.placeholders[len(calls[0].varying) :]
+        for i in gone:
+            body.module.graph.erase_node(placeholders[i])

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from torch.fx import Graph, GraphModule, Node
 
+from fxparam._torch.fx import copy_nodes
 from fxparam.graph.analysis.derived import derive, is_parameter
-from fxparam.graph.analysis.effects import EffectTable, analyze
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.nodes import ancestors
 from fxparam.graph.rules import has_effects
 
@@ -92,8 +94,6 @@ def subgraph(graph: Graph, values: list[Node]) -> tuple[Graph, list[Node]]:
     needed = ancestors(values)
     new = Graph()
     copies: dict[Node, Node] = {}
-    for node in graph.nodes:
-        if node in needed:
-            copies[node] = new.node_copy(node, copies.__getitem__)
+    copy_nodes((node for node in graph.nodes if node in needed), new, copies)
     new.output(tuple(copies[node] for node in values))
     return new, [node for node in copies if node.op == "placeholder"]

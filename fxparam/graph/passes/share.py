@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import is_erased
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.nesting import Level
 from fxparam.graph.analysis.numbering import key_of
 from fxparam.graph.rules import Rule, has_effects, refusal

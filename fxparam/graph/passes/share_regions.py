@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import is_erased
-from fxparam.graph.analysis.effects import EffectTable
+from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.modes import grad_and_autocast, switches_a_mode
 from fxparam.graph.analysis.nesting import Level, is_run_again
 from fxparam.graph.analysis.nodes import owner, value_of

@@ -23,14 +23,16 @@ __all__ = ["Candidates", "Sites"]
 
 @dataclass
 class Candidates:
-    """The nodes of one body that could be evaluated before each call of it.
+    """The nodes of one body that may be evaluated in front of the calls of the body.
 
     Attributes:
-        nodes: in order.
-        evaluated_again: those of an evaluation that a ``cached()`` region holds another one of.
-        invariant: placeholders and attributes that are the same in each run.
-        numbers: for each context, what the nodes compute in terms of the graph around.
-        differentiated: those that a gradient may come back to from the body.
+        level: the body.
+        nodes: those nodes, in order.
+        evaluated_again: of those, the nodes of a marked evaluation whose tensor the same
+            ``cached()`` region evaluates elsewhere too.
+        invariant: placeholders and attributes that are the same in each run of the body.
+        numbers: for each call of the body, the value number of each node in the graph around.
+        differentiated: nodes of the body that a gradient may come back to.
     """
 
     level: Level
@@ -42,7 +44,7 @@ class Candidates:
 
 
 class Sites:
-    """Where in a graph, and in the bodies it runs, a value is evaluated."""
+    """The places in a graph, and in the bodies it runs, where each value is evaluated."""
 
     def __init__(self, shared: Sharing) -> None:
         self.shared = shared

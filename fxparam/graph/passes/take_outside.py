@@ -22,9 +22,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import copy_dynamo_graph, is_erased, mark_as_added_input
-from fxparam._torch.tensors import is_wrapper_subclass
+from fxparam._torch.tensors import geometry, is_wrapper_subclass
 from fxparam.graph.analysis.bodies import call_of
-from fxparam.graph.analysis.effects import EffectTable, analyze
+from fxparam.graph.analysis.effect_table import EffectTable
+from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.modes import switches_a_mode
 from fxparam.graph.analysis.nodes import ancestors, attribute_of, body_of, value_of
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
@@ -118,7 +119,7 @@ def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModul
     """
     gm = copy_dynamo_graph(source)
     table = analyze(gm, grad_enabled=grad_enabled, autocast_now=True)
-    found = all_of(_evaluations(gm, table))
+    found = all_of(partial(_alone, check) for check in _evaluations(gm, table))
     _check_order(table, found)
     inputs = gm.graph.find_nodes(op="placeholder")
     outside = [each.outside(gm, inputs) for each in found]
@@ -141,12 +142,18 @@ def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModul
 
 @dataclass(frozen=True)
 class _Found:
-    """The nodes of an evaluation in the graph, in order, what they are computed from included."""
+    """The nodes of an evaluation in the graph, in order, what they are computed from included.
+
+    Attributes:
+        left_behind: nodes that the graph uses besides the value, and the inputs of the graph that
+            they wrote to and returned.
+    """
 
     chain: int
     mark: EvaluationMark
     nodes: tuple[Node, ...]
     value: Node
+    left_behind: dict[Node, Node]
 
     def outside(self, gm: GraphModule, inputs: list[Node]) -> TakenOut:
         read = {n for node in self.nodes for n in node.all_input_nodes}
@@ -221,7 +228,7 @@ def _found(
             raise CannotTakeOut((chain, "modes are switched"))
     if any(may_a_gradient_be_taken(table, node) for node in nodes):
         raise CannotTakeOut((chain, "the graph itself takes gradients"))
-    _keep_inside(table, chain, nodes, value)
+    left_behind = _left_behind(table, chain, nodes, value)
     example = value_of(value)
     if not isinstance(example, torch.Tensor) or is_wrapper_subclass(example):
         raise CannotTakeOut((chain, "its value is no plain tensor"))
@@ -232,26 +239,37 @@ def _found(
     made = memory & _written(table, nodes)
     if table.written(memory, table.position[value]) or any(made & each for each in given):
         raise CannotTakeOut((chain, "its value is written"))
-    return _Found(chain, evaluation_marks(value)[0], nodes, value)
+    return _Found(chain, evaluation_marks(value)[0], nodes, value, left_behind)
 
 
-def _keep_inside(table: EffectTable, chain: int, nodes: tuple[Node, ...], value: Node) -> None:
-    """Let the graph use nothing of an evaluation but its value.
+def _left_behind(
+    table: EffectTable, chain: int, nodes: tuple[Node, ...], value: Node
+) -> dict[Node, Node]:
+    """Return the nodes of an evaluation that the graph uses besides its value, and what is there
+    without them: the buffers that they have written to and returned.
 
-    A buffer, which an op has written to and returned, is there without the op; an evaluation
-    without effects may go on in the graph as well.
+    An evaluation without effects may go on in the graph as well.
     """
     members, effects = {*nodes}, any(has_effects(table, node) is not None for node in nodes)
+    found: dict[Node, Node] = {}
     for node in nodes:
         users = [user for user in node.users if user not in members]
         if node is value or not users:
             continue
         written = next((n for n in node.all_input_nodes if _is_returned(table, n, node)), None)
-        if written is None and (effects or any(user.op == "output" for user in users)):
-            raise CannotTakeOut((chain, "more of it than its value is used"))
         if written is not None:
-            for user in users:
-                user.replace_input_with(node, written)
+            found[node] = written
+        elif effects or any(user.op == "output" for user in users):
+            raise CannotTakeOut((chain, "more of it than its value is used"))
+    return found
+
+
+def _alone(check: Callable[[], _Found]) -> _Found:
+    """Let the rest of the graph read the buffers that an evaluation writes as inputs."""
+    found = check()
+    for node, written in found.left_behind.items():
+        node.replace_all_uses_with(written, lambda user: user not in found.nodes)
+    return found
 
 
 def _is_returned(table: EffectTable, given: Node, node: Node) -> bool:
@@ -259,12 +277,8 @@ def _is_returned(table: EffectTable, given: Node, node: Node) -> bool:
     a, b = value_of(given), value_of(node)
     if given.op != "placeholder" or not isinstance(b, torch.Tensor):
         return False
-    return table.of[given].storages == table.of[node].storages == table.of[node].writes and (
-        a.shape,
-        a.stride(),
-        a.storage_offset(),
-        a.dtype,
-    ) == (b.shape, b.stride(), b.storage_offset(), b.dtype)
+    same_memory = table.of[given].storages == table.of[node].storages == table.of[node].writes
+    return same_memory and geometry(a) == geometry(b)
 
 
 def _written(table: EffectTable, nodes: Iterable[Node]) -> frozenset[int]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fxparam._torch.fx import copy_nodes
 from fxparam._torch.tensors import storage_of
 from fxparam.graph.analysis.bodies import Body, Call, call_of
 from fxparam.graph.analysis.nodes import is_view, meta_with, value_of
@@ -124,18 +125,13 @@ def _rebuilt(call: Node, around: dict[Node, Any], source: Node, views: list[Node
     """Return the last of the views in the graph around, which knows their inputs."""
     given = around[source]
     with call.graph.inserting_before(call if source.op == "placeholder" else given.next):
-        for view in views:
-            around[view] = _copied(call.graph, view, around.__getitem__)
+        copy_nodes(views, call.graph, around)
+    for view in views:
+        args, kwargs = torch.fx.map_arg((around[view].args, around[view].kwargs), value_of)
+        assert callable(view.target)
+        around[view].meta = meta_with(view, view.target(*args, **kwargs))
     rebuilt: Node = around[views[-1]] if views else given
     return rebuilt
-
-
-def _copied(graph: Graph, view: Node, operand: Callable[[Node], Node]) -> Node:
-    copied = graph.node_copy(view, operand)
-    args, kwargs = torch.fx.map_arg((copied.args, copied.kwargs), value_of)
-    assert callable(view.target)
-    copied.meta = meta_with(view, view.target(*args, **kwargs))
-    return copied
 
 
 def _result(call: Node, i: int) -> Node:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils.parametrize import register_parametrization
 
 import fxparam
+from fxparam.graph.passes.copy_aliases import copy_aliases
 from tests import helpers
+from tests.graph.sketch import Sketch, levels, picture, text
 
 
 class _Squash(nn.Module):
@@ -173,3 +177,61 @@ def test_hoisting_again_changes_nothing() -> None:
     torch.compile(model, backend=keep)(torch.randn(3, 5, dtype=torch.float64))
     ((gm, before, modified),) = graphs
     assert (str(gm.graph), modified) == (before, False)
+
+
+def _twice_the_same(computed: bool) -> torch.fx.GraphModule:
+    s = Sketch()
+    p, x, xs = s.parameter(), s.input(), s.input("xs", 4, 3, 3)
+    w = s.call(torch.matrix_exp, p) if computed else p
+    b = Sketch(s)
+    h, row, a, c = (b.like(n, t) for n, t in {"h": x, "row": x, "a": w, "c": w}.items())
+    h = b.call(torch.add, b.call(torch.matmul, a, h), b.call(torch.matmul, c, row))
+    body = s.attribute("body", b.returns(h, b.call(torch.tanh, h)))
+    scan = s.note(torch.ops.higher_order.scan, body, [x], [xs], [w, w], value=(x, xs))
+    return s.returns(s.call(operator.getitem, scan, 0), s.call(operator.getitem, scan, 1))
+
+
+def test_the_second_of_two_operands_is_a_copy() -> None:
+    def rewrite(gm: torch.fx.GraphModule) -> None:
+        copy_aliases(levels(gm))
+
+    clones = {"clone.default": (0, 1)}
+    assert_expected_inline(
+        picture(_twice_the_same(True), rewrite, **clones),
+        """\
+def forward(self, p, x, xs):
+matrix_exp = torch.matrix_exp(p)
+body = self.body
+scan = scan(body, [x], [xs], [matrix_exp, matrix_exp])
+getitem = scan[0]
+getitem_1 = scan[1]
+return (getitem, getitem_1)
+def body(self, h, row, a, c):
+matmul = torch.matmul(a, h)
+matmul_1 = torch.matmul(c, row)
+add = torch.add(matmul, matmul_1)
+tanh = torch.tanh(add)
+return (add, tanh)
+---
+def forward(self, p, x, xs):
+matrix_exp = torch.matrix_exp(p)
+body = self.body
+clone_default = torch.ops.aten.clone.default(matrix_exp)
+scan = scan(body, [x], [xs], [matrix_exp, clone_default])
+getitem = scan[0]
+getitem_1 = scan[1]
+return (getitem, getitem_1)
+def body(self, h, row, a, c):
+matmul = torch.matmul(a, h)
+matmul_1 = torch.matmul(c, row)
+add = torch.add(matmul, matmul_1)
+tanh = torch.tanh(add)
+return (add, tanh)""",
+    )
+
+
+def test_what_is_not_computed_is_not_copied() -> None:
+    gm = _twice_the_same(False)
+    before = text(gm)
+    assert copy_aliases(levels(gm)) == set()
+    assert text(gm) == before
