@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch.fx import Node
 
 from fxparam.graph.analysis.evaluations import Evaluation
@@ -16,6 +18,8 @@ from fxparam.graph.rules import Rule
 __all__ = ["Entry", "Refusal", "Report", "make_report"]
 
 
+# Lines in these packages are nobody's accesses.
+_PACKAGES = {Path(torch.__file__).parent, Path(__file__).parents[1]}
 # A parametrization in its list, as module stacks spell it.
 _STEP = re.compile(r"parametrizations\W+\w+\W+\d+\W*$")
 
@@ -181,11 +185,12 @@ def _kind(site: Evaluation) -> tuple[str, ...]:
 
 
 def _lines(sites: list[Evaluation]) -> tuple[str, ...]:
+    """Return where evaluations were read: the outermost lines that are not torch's or ours."""
     found: dict[str, None] = {}
     for site in sites:
         trace = site.nodes[0].meta.get("stack_trace") or ""
         frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
-        outside = [f for f in frames if "/torch/nn/" not in f[0] and "/fxparam/" not in f[0]]
+        outside = [f for f in frames if _PACKAGES.isdisjoint(Path(f[0]).parents)]
         if outside:
             found[":".join(outside[0])] = None
     return tuple(found)
