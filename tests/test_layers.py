@@ -14,29 +14,6 @@ from tests import layers
 
 PACKAGE = Path(fxparam.__file__).parent
 
-_SCHEMA = "no public form tells what an op declares"
-_WRAPPERS = "nothing but the module they are of tells Dynamo's wrappers"
-_BACKENDS = "torch.compiler.list_backends is the public form"
-_HELD = "a traced module pickles and prints by the tracer class on its graph"
-
-#: Private names used outside of ``_torch``, and why.
-EXCEPTIONS = {
-    ("graph.analysis.additive", "_schema"): _SCHEMA,
-    ("graph.analysis.op_effects", "_schema"): _SCHEMA,
-    ("graph.analysis.schemas", "_schema"): _SCHEMA,
-    ("graph.analysis.schemas", "_qualified_op_name"): _SCHEMA,
-    ("tracing.constants", "_schema"): _SCHEMA,
-    (
-        "graph.analysis.additive",
-        "torch._dynamo",
-    ): _WRAPPERS,
-    ("tracing.capture", "_out_spec"): "no public form tells how a captured graph's results nest",
-    ("compiling.backend", "torch._dynamo"): _BACKENDS,
-    ("compiling.backend", "torch._dynamo.list_backends"): _BACKENDS,
-    ("tracing.trace", "_tracer_cls"): _HELD,
-    ("tracing.traced_module", "_tracer_cls"): _HELD,
-}
-
 
 def test_files_import_from_the_layers_below_alone() -> None:
     assert layers.upward_imports(PACKAGE) == []
@@ -47,10 +24,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 
 def test_private_names_of_torch_are_in_one_place() -> None:
-    found = layers.private_names(PACKAGE)
-    assert {f"{name}:{line} {used}" for (name, used), line in found.items()} == {
-        f"{name}:{found.get((name, used))} {used}" for name, used in EXCEPTIONS
-    }
+    assert layers.private_names(PACKAGE) == {}
 
 
 def test_each_file_says_what_it_is() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fxparam._torch.names import lookup
+from fxparam._torch.names import lookup, tree_unflatten
 
 __all__ = [
     "annotate",
@@ -21,6 +21,7 @@ __all__ = [
     "is_in_traced_generator",
     "is_parameter_or_buffer",
     "lookup_backend",
+    "nest_results",
     "restart_trace",
     "trace_marks",
     "trace_number",
@@ -263,6 +264,16 @@ def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
     limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
     with lookup("torch._dynamo", "config").patch(limits):
         return lookup("torch._dynamo", "export")(root)(*args).graph_module
+
+
+def nest_results(gm: Any, flat: list[Any]) -> Any:
+    """Nest the results of a graph from :func:`dynamo_export` as the traced code returned them.
+
+    Args:
+        gm: the graph module, whose graph returns a flat tuple.
+        flat: what stands for each result.
+    """
+    return tree_unflatten(flat, gm._out_spec)
 
 
 def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:

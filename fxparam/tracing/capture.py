@@ -16,9 +16,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from fxparam._torch.dynamo import dynamo_export
+from fxparam._torch.dynamo import dynamo_export, nest_results
 from fxparam._torch.fx import copy_nodes, rename
-from fxparam._torch.names import tree_flatten_with_path, tree_map, tree_unflatten
+from fxparam._torch.names import tree_flatten_with_path, tree_map
 from fxparam.graph.analysis.nodes import meta_with, value_of
 from fxparam.tracing.grad_mode import switch_grad_mode
 from fxparam.tracing.proxies import keep_old_numbers
@@ -119,9 +119,7 @@ def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cl
     for node in graph.find_nodes(op="get_attr"):
         rename(node, re.sub(r"\W", "_", str(node.target)))
     flat: Any = gm.graph.output_node().args[0]
-    graph.output(
-        tree_unflatten([copies[v] if isinstance(v, Node) else v for v in flat], gm._out_spec)
-    )
+    graph.output(nest_results(gm, [copies[v] if isinstance(v, Node) else v for v in flat]))
     return graph
 
 
