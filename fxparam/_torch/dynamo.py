@@ -19,6 +19,7 @@ __all__ = [
     "dynamo_export",
     "held_as",
     "is_in_traced_generator",
+    "is_opaque_wrapper",
     "is_parameter_or_buffer",
     "lookup_backend",
     "nest_results",
@@ -264,6 +265,15 @@ def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
     limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
     with lookup("torch._dynamo", "config").patch(limits):
         return lookup("torch._dynamo", "export")(root)(*args).graph_module
+
+
+def is_opaque_wrapper(target: object) -> bool:
+    """Check whether a node's target runs code that the graph does not show.
+
+    Dynamo wraps functions that it was told not to look into (``allow_in_graph``,
+    ``nonstrict_trace``). Such a function may be an ``autograd.Function``.
+    """
+    return str(getattr(target, "__module__", "")).startswith("torch._dynamo")
 
 
 def nest_results(gm: Any, flat: list[Any]) -> Any:

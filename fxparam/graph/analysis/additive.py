@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.dynamo import is_opaque_wrapper
 from fxparam._torch.fx import op_name
 from fxparam._torch.names import (
     HigherOrderOperator,
@@ -49,21 +50,12 @@ _ZEROS = {"zeros_like", "zeros", "new_zeros"}
 def is_backward_additive(node: Node) -> bool:
     """Check whether the backward of what a node computes is additive, as far as it is custom."""
     if not isinstance(node.target, HigherOrderOperator):
-        return not _is_somebodys(node.target)
+        return not is_opaque_wrapper(node.target)
     gm: Any = node.graph.owning_module
     bodies = [b for b in (body_of(gm, a) for a in node.all_input_nodes) if b is not None]
     if node.target.__name__ != "autograd_function_apply":
         return all(is_backward_additive(n) for body in bodies for n in body.graph.nodes)
     return len(bodies) == 2 and _is_additive(bodies[1], _gradients(*bodies))
-
-
-def _is_somebodys(target: object) -> bool:
-    """Check whether a function runs code that the graph does not show.
-
-    Dynamo wraps what it was told not to look into (``allow_in_graph``, ``nonstrict_trace``), which
-    may be an ``autograd.Function``.
-    """
-    return str(getattr(target, "__module__", "")).startswith("torch._dynamo")
 
 
 def _gradients(forward: GraphModule, backward: GraphModule) -> set[Node]:
