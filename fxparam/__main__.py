@@ -8,7 +8,7 @@ _COMMANDS = ("demo",)
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; 2 and one line for a command that does not exist."""
+    """Run a command and return its exit code: 2, and a line, for one that does not exist."""
     if not arguments or arguments[0] not in _COMMANDS:
         given = repr(arguments[0]) if arguments else "none"
         print(f"usage: python -m fxparam {{{','.join(_COMMANDS)}}}: got {given}", file=sys.stderr)

@@ -158,7 +158,7 @@ def _prepare(one: Contestant, settings: Settings, *, tally: bool = False) -> Non
 
 
 def _train(one: Contestant, settings: Settings, data: tuple[Tensor, ...], tick: Any) -> None:
-    """Train from the same seed on the same batches; the first step pays for compilation."""
+    """Train a contestant from the common seed on the common batches; its first step compiles."""
     _prepare(one, settings)
     assert one.step is not None and one.model is not None
     batches, times = _batches(data[0], data[1], settings.batch), []
@@ -174,7 +174,7 @@ def _train(one: Contestant, settings: Settings, data: tuple[Tensor, ...], tick: 
 
 
 def _time(everyone: list[Contestant], settings: Settings, data: tuple[Tensor, ...]) -> None:
-    """Step times, the contestants taking turns: a noisy machine is noisy for all of them."""
+    """Measure step times, in turns: a noisy machine is noisy for all contestants."""
     x, y = next(_batches(data[0], data[1], settings.batch))
     times: dict[str, list[float]] = {one.name: [] for one in everyone}
     for _ in range(settings.rounds):
@@ -188,7 +188,7 @@ def _time(everyone: list[Contestant], settings: Settings, data: tuple[Tensor, ..
 
 
 def _count(one: Contestant, settings: Settings, data: tuple[Tensor, ...]) -> None:
-    """Evaluations in one step, counted as they run, by a model of its own."""
+    """Count the evaluations in one step as they run, in a model made for that."""
     counting = Contestant(one.name, one.backend, one.hoisted)
     small = Settings(hidden=8, batch=4, pixels=settings.pixels, device=settings.device)
     _prepare(counting, small, tally=True)
@@ -219,12 +219,12 @@ def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> list[Con
 
 
 def largest_difference(one: Contestant, eager: Contestant) -> float:
-    """How far a loss curve is from eager's, at most."""
+    """Return the largest difference between a loss curve and eager's."""
     return max(abs(a - b) for a, b in zip(one.losses, eager.losses, strict=True))
 
 
 def verdict(everyone: list[Contestant], steps_in_sequence: int) -> list[str]:
-    """What is wrong, a line each: empty when the losses agree and the hoist happened."""
+    """Return a line for each thing that is wrong; none if losses agree and the hoist happened."""
     eager, _, ours, _ = everyone
     wrong = [
         f"{one.name}: losses differ from eager's by {largest_difference(one, eager):.1e}"
@@ -299,7 +299,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _unusable(device: str, output: Path) -> str | None:
-    """One line on what is wrong with the arguments, before minutes are spent on them."""
+    """Return a line about arguments that cannot work; None if they can.
+
+    Asked before minutes are spent on them.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -314,7 +317,7 @@ def _unusable(device: str, output: Path) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Return the ``demo`` command; returns the exit code."""
+    """Run the ``demo`` command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         import matplotlib  # noqa: F401

@@ -5,7 +5,8 @@ takes its place in what is pickled, and the shared class is made again on the ot
 
 ``torch.nn.utils.parametrizations.weight_norm`` registers a function defined inside it, which no
 pickle can name: it renames the keys of state dicts from before parametrizations. An equal hook of
-a class defined here takes its place in what is pickled.
+a class defined here takes its place in what is pickled
+(https://github.com/pytorch/pytorch/issues/137409).
 """
 
 from __future__ import annotations

@@ -321,6 +321,16 @@ def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: boo
         value = getattr(module, name) if leave_parametrized else chain.original
         if reading.present().is_shared():
             value = value.clone()
+    _store(target, value)
+    return target
+
+
+def _store(target: Tensor, value: Tensor) -> None:
+    """Write the value of a parametrized tensor to its original, which stays.
+
+    Raises:
+        RuntimeError: if torch cannot; the message says what to do instead.
+    """
     writes = Writes()
     writes.plan(target, value)
     try:
@@ -336,7 +346,6 @@ def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: boo
             "torch.__future__.set_swap_module_params_on_conversion(True); swapping in turn needs "
             "that no autograd graph holds the original."
         ) from error
-    return target
 
 
 def _new_plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:

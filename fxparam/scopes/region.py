@@ -28,7 +28,10 @@ def _new_region() -> str:
 
 @store.untraced
 def _out_of_order() -> None:
-    """Break the graph where regions do not end in the order they began, as marks are a stack."""
+    """Break the graph where regions do not end in the order they began, as marks are a stack.
+
+    ``test_what_marks_cannot_tell_is_left_to_eager_code`` has such regions.
+    """
 
 
 @contextmanager

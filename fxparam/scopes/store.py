@@ -7,10 +7,11 @@ never share a region. So is a checkpointed function that is called in a region: 
 backward, maybe after the region, has to evaluate and save as much as it did then, and finds what it
 had saved by counting.
 
-Dynamo cannot trace a context variable, and a guard on a ``threading.local`` compares the wrong
-dictionary. It does guard an attribute of a module, by reading it again at each call. ``active`` is
-therefore a property of *this module*: eager code and Dynamo's guards both get the answer for the
-context they run in.
+Dynamo cannot trace a context variable (https://github.com/pytorch/pytorch/issues/186449), and a
+guard on a ``threading.local`` compares the wrong dictionary. It does guard an attribute of a
+module, by reading it again at each call. ``active`` is therefore a property of *this module*: eager
+code and Dynamo's guards both get the answer for the context they run in
+(``test_compiled_code_knows_the_region_of_its_thread``).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class State:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The parameters and buffers as they were, by name; a tied one under each of its names."""
+        """Return the parameters and buffers as they were, a tied one under each of its names."""
         found: dict[str, torch.Tensor] = {}
         for module, path in self._paths.items():
             held = {**module._parameters, **self._buffers[module]}
@@ -94,7 +94,7 @@ def write_rebound(
     values: Mapping[str, Any],
     describe: Callable[[Node], None],
 ) -> None:
-    """Write, at the end of a graph, what it computes for buffers to them.
+    """Let a graph write to buffers, at its end, the values that traced code has bound to them.
 
     Args:
         graph: a graph that reads the model's tensors by their names.

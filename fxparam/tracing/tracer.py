@@ -126,7 +126,10 @@ class Tracer(torch.fx.Tracer):
                     output.replace_input_with(node, graph.call_method("clone", (node,)))
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
-        """As in torch.fx, but for parametrized modules and the modules of parametrizations."""
+        """Check whether calls of ``m`` become one node each, as torch.fx does with built-in layers.
+
+        False for parametrized modules, and for the modules of parametrizations.
+        """
         inside = any(
             isinstance(kind, type) and issubclass(kind, ParametrizationList)
             for _, kind in self.module_stack.values()
@@ -158,7 +161,7 @@ class Tracer(torch.fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """As in torch.fx, with the forward hooks of the model itself around its ``forward``."""
+        """Return the function to trace, with the model's own forward hooks, and its arguments."""
         call, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         if not is_module or not (self.root._forward_hooks or self.root._forward_pre_hooks):
             return call, args
@@ -171,7 +174,7 @@ class Tracer(torch.fx.Tracer):
         return hooked, args
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
-        """As in torch.fx, with metadata where parameters alone decide them."""
+        """Make a node, with its metadata where parameters alone decide them."""
         node = super().create_node(kind, *args, **kwargs)
         if isinstance(node.type, str):
             node.type = None  # a postponed annotation; torch.fx pickles no graph with one
@@ -183,7 +186,7 @@ class Tracer(torch.fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """As in torch.fx, with one constant for all that are equal."""
+        """Turn an argument into one of a node; equal constants become the same one."""
         if not isinstance(a, torch.Tensor) or id(a) in self._own or a in self.tensor_attrs:
             return super().create_arg(a)
         a = self._constants.first_equal(a)
