@@ -1,4 +1,4 @@
-"""FX graphs: rename nodes, copy Dynamo's graphs, find which argument a call writes."""
+"""FX graphs: names and lives of nodes, and which argument a call writes, by torch's conventions."""
 
 from __future__ import annotations
 
