@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxparam._torch.fx import copy_nodes, hold
 from fxparam.graph.analysis.bodies import Call
 from fxparam.graph.analysis.nodes import value_of
+from fxparam.graph.passes.operands import add_placeholder
 
 __all__ = ["is_recomputed", "recompute_as_before"]
 
@@ -73,13 +74,9 @@ def _region_of(
         values: those of them that the body returns.
     """
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
-    graph, copies = Graph(), dict[Node, Node]()
-    inside = set(nodes)
+    graph, inside = Graph(), set(nodes)
     operands = [n for n in read if n not in inside and n.op != "get_attr"]
-    for operand in operands:
-        copies[operand] = graph.placeholder(operand.name)
-        copies[operand].target = copies[operand].name
-        copies[operand].meta = dict(operand.meta)
+    copies = {n: add_placeholder(graph, n.name, n.meta) for n in operands}
     bodies = (n for n in read if n.op == "get_attr")  # of autograd.Functions
     copy_nodes((*bodies, *nodes), graph, copies)
     graph.output(tuple(copies[value] for value in values))

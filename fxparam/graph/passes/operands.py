@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from fxparam.graph.analysis.bodies import Call
 
 __all__ = [
     "Operand",
     "add_operands",
+    "add_placeholder",
     "drop_operands",
     "merge_operands",
     "used_operands",
@@ -49,16 +50,17 @@ def add_operands(calls: Sequence[Call], added: Sequence[Operand]) -> list[list[N
     """
     for i, call in enumerate(calls):
         call.set_operands([*call.operands, *(operand.given[i] for operand in added)])
-    modules = [body.module for body in calls[0].bodies]
-    return [[_add_placeholder(module, operand) for module in modules] for operand in added]
+    graphs = [body.module.graph for body in calls[0].bodies]
+    return [[add_placeholder(graph, each.name, each.meta) for graph in graphs] for each in added]
 
 
-def _add_placeholder(body: GraphModule, operand: Operand) -> Node:
-    last = body.graph.find_nodes(op="placeholder")[-1:]
-    with body.graph.inserting_after(last[0]) if last else body.graph.inserting_before():
-        placeholder = body.graph.placeholder(operand.name)
+def add_placeholder(graph: Graph, name: str, meta: dict[str, Any]) -> Node:
+    """Add a placeholder to a graph, behind those that it has."""
+    last = graph.find_nodes(op="placeholder")[-1:]
+    with graph.inserting_after(last[0]) if last else graph.inserting_before():
+        placeholder = graph.placeholder(name)
     placeholder.target = placeholder.name  # an argument's name, which must be its own
-    placeholder.meta = dict(operand.meta)
+    placeholder.meta = dict(meta)
     return placeholder
 
 
