@@ -116,9 +116,7 @@ def evaluation_marks(node: Node) -> tuple[EvaluationMark, ...]:
 
 
 def is_for_a_region_around(node: Node) -> bool:
-    """Check whether a node is a part of an evaluation for the region in which the whole graph is
-    run.
-    """
+    """Check whether a node evaluates for the region in which the whole graph is run."""
     marks = evaluation_marks(node)
     return bool(marks) and marks[0].region.endswith(_AROUND)
 

@@ -226,9 +226,7 @@ def _tensor_node(variable: Any) -> torch.fx.Node | None:
 
 
 def _stands_for(variable: Any, value: object) -> bool:
-    """Check whether one of Dynamo's variables is known to stand for an object, or an equal
-    constant.
-    """
+    """Check whether a variable of Dynamo's stands for an object, or for an equal constant."""
     if hasattr(variable, "is_realized") and not variable.is_realized():
         return bool(variable.original_value() is value)
     return getattr(variable, "value", variable) is value or _is_constant(variable, value)
@@ -241,9 +239,7 @@ def _is_constant(variable: Any, value: object) -> bool:
 
 
 def traced_for() -> object:
-    """Return the backend for which Dynamo is tracing, without the wrappers that torch puts around
-    it.
-    """
+    """Return the backend for which Dynamo is tracing, without torch's wrappers around it."""
     backend = _tracer_output().compiler_fn
     seen: list[object] = []
     while backend is not None and backend not in seen:
@@ -287,8 +283,7 @@ def nest_results(gm: Any, flat: list[Any]) -> Any:
 
 
 def is_parameter_or_buffer(meta: dict[str, Any]) -> bool:
-    """Check whether Dynamo says, in a placeholder's ``meta``, that it is a module's parameter or
-    buffer.
+    """Check whether Dynamo says of a placeholder that it is a module's parameter or buffer.
 
     Dynamo marks them for AOTAutograd's static inputs; the mark is there in frames resumed after a
     graph break too, where module names are lost.

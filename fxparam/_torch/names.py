@@ -158,9 +158,7 @@ def checkpoint_around() -> object:
 
 
 def inside_functorch() -> bool:
-    """Check whether a ``torch.func`` transform (``grad``, ``vmap``, ...) is running around this
-    code.
-    """
+    """Check whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) runs this code."""
     return _interpreter() is not None
 
 
@@ -182,8 +180,7 @@ def behind_proxy(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_opaque_reference(value: object) -> bool:
-    """Check whether ``value`` is an opaque reference, which may stand where an original tensor
-    does.
+    """Check whether ``value`` is an opaque reference, which may be in an original's place.
 
     PyTorch 2.12 and older have no such originals, hence ``False`` where the names are missing.
     """

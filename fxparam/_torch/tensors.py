@@ -43,16 +43,12 @@ def storage_identity(tensor: Any) -> tuple[object, object]:
 
 
 def functorch_level(tensor: torch.Tensor) -> int:
-    """Return the nesting level of the ``torch.func`` transform that wraps ``tensor``; -1 if none
-    does.
-    """
+    """Return the nesting level of the ``torch.func`` transform that wraps a tensor, or -1."""
     return int(_level(tensor))
 
 
 def is_wrapper_subclass(tensor: object) -> bool:
-    """Check whether ``tensor`` is of a subclass that holds other tensors
-    (``__tensor_flatten__``).
-    """
+    """Check whether ``tensor`` is of a subclass that holds other tensors."""
     return bool(_is_wrapper_subclass(tensor))
 
 

@@ -126,8 +126,7 @@ def backend(
     max_bytes: float = math.inf,
     **options: Any,
 ) -> Backend:
-    """Return a ``torch.compile`` backend that shares parametrization evaluations, then calls
-    ``inner``.
+    """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
 
     ``torch.compile(model, backend="fxparam")`` is ``torch.compile(model, backend=backend())``.
 

@@ -64,8 +64,7 @@ def with_values_of_region(
 
 
 def _chain_of(outside: TakenOut, inputs: Sequence[Any]) -> Module:
-    """Return the parametrization list of an evaluation, if the region would say of it what was
-    traced.
+    """Return the list of an evaluation, if reading it before the graph gives the same value.
 
     Raises:
         CannotTakeOut: it was read in other modes than those in which the graph begins, or from

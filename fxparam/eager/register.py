@@ -365,9 +365,7 @@ def _stored_originals(chain: Any) -> list[object]:
 
 
 def _deepest_original(chain: Any) -> Tensor | None:
-    """Return the stored tensor below ``chain``, or below its parametrized original; None if
-    several.
-    """
+    """Return the stored tensor below ``chain`` and nested ones; None if there are several."""
     while chain.is_tensor:
         nested = chain_of(chain, "original")
         if nested is None:

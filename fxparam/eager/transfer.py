@@ -67,9 +67,7 @@ def _extended(source: Module, target: Module, name: str, steps: list[Module]) ->
 
 
 def _copy_of(source: Module, target: Module, name: str) -> Tensor:
-    """Return a tensor like ``target.<name>``, or like the value of ``source.<name>`` if it has
-    none.
-    """
+    """Return a copy of ``target.<name>``, or of the value of ``source.<name>``."""
     if not hasattr(target, name):
         return Parameter(getattr(source, name))
     tensor = checks.registrable(target, name)

@@ -44,9 +44,7 @@ _ORIGINAL = re.compile(r"(.+\.)??parametrizations\.([^.]+)\..+")
 
 
 def evaluated_tensor(original: object) -> str | None:
-    """Return the name of the tensor that an original, or a parametrization's own tensor, belongs
-    to.
-    """
+    """Return the tensor of which an original, or a parametrization's own tensor, is a part."""
     match = _ORIGINAL.fullmatch(str(original))
     return None if match is None else (match[1] or "") + match[2]
 
@@ -183,9 +181,7 @@ def values_of(
 
 
 def _computed_from(table: EffectTable, gm: GraphModule, names: set[str]) -> set[Node]:
-    """Return the nodes computed from parameters and buffers of these names, which the program
-    changes.
-    """
+    """Return the nodes computed from parameters and buffers that the program changes."""
     inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta.get(PARAMETER) in names]
     changed = frozenset().union(*(table.of[node].storages for node in inputs))
     found: set[Node] = set()
@@ -213,7 +209,7 @@ def _effects(table: EffectTable) -> Iterator[tuple[str, Rule]]:
 
 
 def _says_nothing(node: Node) -> bool:
-    """Return a constant that nobody reads, or an assertion on the way to a value."""
+    """Check whether a node is a constant that nobody reads, or an assertion."""
     return not node.users and (value_of(node) is not None or writes_nothing(node))
 
 

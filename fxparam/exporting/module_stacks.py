@@ -45,7 +45,7 @@ def call_from_root(gm: GraphModule, lifted: list[Node]) -> None:
 
 
 def place_before_users(gm: GraphModule, at_front: Container[Node] = ()) -> None:
-    """Give nodes out of a body, which non-strict export gives no stack, that of what follows.
+    """Give each node without a module stack the stack of the node that follows it.
 
     Args:
         gm: a graph that export captured.

@@ -28,8 +28,7 @@ __all__ = ["capture"]
 
 
 def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> GraphModule:
-    """Return a graph module of one call of ``root``, with its tensors read by their names in
-    ``root``.
+    """Return one call of ``root`` as a graph module, which reads tensors by their names.
 
     Args:
         root: a module or function.
@@ -71,8 +70,7 @@ def capture(root: Any, example_inputs: Sequence[Any], tracer_cls: type) -> Graph
 
 
 def _has_backward(gm: GraphModule) -> bool:
-    """Check whether a graph has a custom ``autograd.Function``, which Dynamo inlines under
-    ``no_grad``.
+    """Check for a custom ``autograd.Function``, which Dynamo inlines under ``no_grad``.
 
     ``test_a_custom_backward_is_there_when_traced_without_gradients`` shows what would be lost.
     """
@@ -96,9 +94,7 @@ def _export(
 
 
 def _with_signature(gm: GraphModule, root: Any, args: tuple[Any, ...], tracer_cls: type) -> Graph:
-    """Return the graph with a placeholder per argument and its value as written, in place of
-    leaves.
-    """
+    """Return the graph with a placeholder per argument, whole, in place of its leaves."""
     forward = root.forward if isinstance(root, Module) else root
     bound = inspect.signature(forward).bind(*args)
     given = {f"{n}_{i}" if _is_variadic(forward, n) else n: a for n, i, a in _spread(bound)}

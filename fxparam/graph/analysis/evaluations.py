@@ -62,7 +62,7 @@ def _values(level: Level) -> list[Evaluation]:
 
 
 def _described(level: Level, node: Node) -> str:
-    """``matrix_exp(p)`` for a value without a name of its own."""
+    """Return a text for a value that has no name, such as ``matrix_exp(p)``."""
     op = getattr(node.target, "__name__", str(node.target))
     inputs = next(inputs_in_each_run(level, [node]), ())
     names = {_named(str(n.target)) for n in inputs if value_of(n) is not None}

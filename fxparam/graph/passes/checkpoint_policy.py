@@ -25,7 +25,7 @@ _MOVED = "fxparam.moved"
 
 
 def is_recomputed(body: GraphModule) -> bool:
-    """Check whether a body is a region made here, which has nothing to give up."""
+    """Check whether a body is one that ``recompute_as_before`` made, out of which nothing moves."""
     return _MOVED in body.meta
 
 

@@ -88,9 +88,7 @@ def lift(gm: GraphModule) -> list[Node]:
 
 
 def subgraph(graph: Graph, values: list[Node]) -> tuple[Graph, list[Node]]:
-    """Return a graph that computes some nodes' values alone, as a tuple, and the placeholders it
-    reads.
-    """
+    """Return a graph that computes some nodes' values alone, and the placeholders it reads."""
     needed = ancestors(values)
     new = Graph()
     copies: dict[Node, Node] = {}

@@ -99,7 +99,7 @@ class TakenOut:
 
 
 def is_in_a_region_around(gm: GraphModule) -> bool:
-    """Check whether a graph, or a body in it, evaluates for the region that it is run in."""
+    """Check whether a graph has evaluations for the ``cached()`` region that it runs in."""
     return any(map(is_for_a_region_around, _calls(gm)))
 
 
@@ -245,8 +245,9 @@ def _found(
 def _left_behind(
     table: EffectTable, chain: int, nodes: tuple[Node, ...], value: Node
 ) -> dict[Node, Node]:
-    """Return the nodes of an evaluation that the graph uses besides its value, and what is there
-    without them: the buffers that they have written to and returned.
+    """Return the nodes of an evaluation that the graph uses besides its value.
+
+    With each comes what is there without it: the buffer that it has written to and returned.
 
     An evaluation without effects may go on in the graph as well.
     """
@@ -311,8 +312,7 @@ def _check_order(table: EffectTable, found: list[_Found]) -> None:
 
 
 def _calls(gm: GraphModule) -> Iterator[Node]:
-    """Yield the calls of a graph and of its bodies, but for bodies of ops that are part of an
-    evaluation.
+    """Yield the calls of a graph and of its bodies, but for bodies that are in evaluations.
 
     As of a custom ``autograd.Function``.
     """
