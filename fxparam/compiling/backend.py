@@ -14,6 +14,7 @@ from fxparam._torch.dynamo import clear_trace_marks, lookup_backend, trace_numbe
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.in_region import with_values_of_region
+from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
@@ -139,7 +140,7 @@ def backend(
 
     Raises:
         ValueError: ``inner`` is no registered backend.
-        TypeError: ``inner`` is neither a string nor callable.
+        TypeError: ``inner`` is neither a string nor callable, or ``max_bytes`` is no number.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 
@@ -155,6 +156,8 @@ def backend(
             raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")
     elif not callable(inner):
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
+    if not isinstance(max_bytes, (int, float)):
+        raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
     return Backend(inner, mode, options, max_bytes)
 
 

@@ -25,7 +25,7 @@ from torch.nn import Module, ModuleDict
 from fxparam.eager import reading
 from fxparam.eager.pickling import KEY, reduce_method, setstate_method
 
-__all__ = ["chain_of", "chains_of", "make_class", "original_class", "rebuild"]
+__all__ = ["chain_of", "is_made_by_torch", "chains_of", "make_class", "original_class", "rebuild"]
 
 # Reentrant: making a class runs the original's __init_subclass__.
 _lock = threading.RLock()
@@ -52,14 +52,18 @@ def original_class(cls: type) -> type | None:
     if KEY in cls.__dict__:
         original: type = cls.__dict__[KEY][0]
         return original
-    base = cls.__bases__[0] if len(cls.__bases__) == 1 else None
-    if (
-        base is not None
-        and cls.__module__ == "torch.nn.utils.parametrize"
-        and cls.__name__ == f"Parametrized{base.__name__}"
-    ):
-        return base
-    return None
+    return cls.__bases__[0] if is_made_by_torch(cls) else None
+
+
+def is_made_by_torch(cls: type) -> bool:
+    """Check whether torch's functions made ``cls`` for a parametrized module.
+
+    They give such a class a ``__getstate__`` of their own. Its ``__module__`` does not tell: a
+    metaclass written in Python, as that of ``abc.ABC``, sets it to where it is written itself.
+    """
+    method = cls.__dict__.get("__getstate__")
+    made = getattr(method, "__module__", "") == "torch.nn.utils.parametrize"
+    return made and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"
 
 
 def make_class(original: type, names: frozenset[str]) -> type:

@@ -27,6 +27,7 @@ __all__ = [
     "body_of",
     "is_view",
     "meta_with",
+    "module_path",
     "modules_around",
     "owner",
     "tensors_in",
@@ -36,6 +37,8 @@ __all__ = [
 
 _LIST = re.compile(rf"(.*\.)?(Parametrized)*{ParametrizationList.__name__}")
 # A list is ``parametrizations.<tensor>`` of the module that has the tensor.
+# An entry of a dictionary of submodules.
+_ENTRY = re.compile(r"(?:\.|^|(?<=\]))(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _OF_THE_LIST = re.compile(r"(^|\.)parametrizations\.(?=[^.]+$)")
 
 
@@ -111,10 +114,20 @@ def _is_list(kind: type | str) -> bool:
 
 
 def _readable(path: str) -> str:
-    """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
+    """Return the name of a tensor by the path of its list, as ``cell.weight``."""
+    path = module_path(path)
     # Strict export wraps the model, and unwraps the names but for those in bodies.
     path = _OF_THE_LIST.sub(r"\1", path).removeprefix("_export_root.")
     # A function that closes over a module is read through the function.
     path = path.rpartition(".cell_contents.")[2]
     _, bracket, rest = path.partition("'].")
     return rest if bracket else path
+
+
+def module_path(path: str) -> str:
+    """Return the path of a module with submodules as attributes.
+
+    Where traced code has changed a module, Dynamo spells what it reads there in another way:
+    ``cell.__dict__['_modules']['parametrizations']``.
+    """
+    return _ENTRY.sub(r".\1", path).lstrip(".")
