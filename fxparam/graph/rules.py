@@ -265,10 +265,10 @@ def is_too_large(node: Node, max_bytes: float) -> bool:
 def is_its_gradient_summed_in_reduced_precision(node: Node) -> bool:
     """Would a loop sum the value's gradient, step by step, in bfloat16 or float16?
 
-    Evaluated inside, each step's gradient goes on to the originals, in their precision. Outside,
-    torch 2.13's Inductor even gets the sum wrong (by 70 % for a bfloat16 matrix that enters a
-    ``scan`` under autocast, in source hoisted by hand as well). What the value is computed from in
-    full precision is moved out all the same.
+    Evaluated in the body, the value has a gradient in each step. It goes on to the originals, and
+    the steps are summed there, in the originals' precision. Evaluated in front of the loop, the
+    value has one gradient: the sum over the steps, rounded in each to the value's precision. What
+    the value is computed from in full precision is moved out all the same.
     """
     value = value_of(node)
     return value.dtype in (torch.bfloat16, torch.float16) and bool(value.requires_grad)

@@ -1,10 +1,22 @@
 """``cond`` refuses branches that give an operand gradients with different strides.
 
-    cond(p, lambda h: h * w, lambda h: h * w.mT, (h,))      raises in backward
+::
 
-torch 2.11 to 2.15 compare the strides of the gradients of two branches and raise where they differ.
-The backward of a view of a flat view lays a gradient out anew, and views cost nothing: each operand
-is read through such views in every branch, so that all its gradients have the operand's strides.
+    torch.cond(p, lambda h, w: h * w, lambda h, w: h * w.transpose(0, 1), (h, w))
+
+AOTAutograd compiles the backward as a ``cond`` of two branches. One returns the gradient of ``w``
+with the strides (3, 1), the other with (1, 3), and it raises "The sorted order of strides of the
+two branches' output doesn't match".
+
+Seen on 2.11.0, 2.13.0 and 2.15.0, with ``aot_eager`` and ``inductor``; ``eager`` takes it. No
+upstream issue was found. ``tests/graph/torch_bugs/test_branch_gradients.py`` shows it.
+
+What we do: an operand is read through views in each branch that was changed. ::
+
+    w.permute(order).reshape(-1).reshape(shape).permute(back)
+
+The backward of these views gives the gradient the strides of the operand. They copy nothing, as the
+first ``permute`` makes a dense operand contiguous. A ``cond`` that we do not change stays as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +33,9 @@ _LAID_OUT = "fxparam.laid_out"
 
 
 def with_gradient_laid_out_alike(operand: Node) -> Node:
-    """Return the operand of a branch, seen so that its gradient has the operand's strides in every
-    branch.
+    """Return views of a branch's operand whose gradient always has the operand's strides.
 
-    An operand that is not dense, or of a size that is not known, is left as it is.
+    An operand that is not dense, or of a size that is not known, is returned as it is.
     """
     value = value_of(operand)
     sizes = tuple(value.shape)
@@ -51,10 +62,15 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
 
 
 def lay_gradients_out_alike(levels: list[Level], changed: set[GraphModule]) -> None:
-    """Where a branch was changed, let every operand's gradient have one layout in all branches.
+    """Give each operand's gradient the same strides in all branches of the calls that changed.
 
-    What repeats in a branch and is shared there sums its gradients in another order, and the sum
-    has the strides of its first term.
+    An operand that was read several times in a branch has a sum of gradients, whose strides are
+    those of its first term. Sharing changes which term is first.
+
+    Args:
+        levels: all graphs of a capture.
+        changed: those that sharing or code motion changed; the branches that are changed here are
+            added to them.
     """
     calls = [c.current for level in levels for c in level.live if c.call.branches]
     bodies = {

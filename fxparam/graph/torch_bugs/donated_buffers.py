@@ -1,10 +1,23 @@
-"""Inductor overwrites operands of loops and branches in backward that are read again.
+"""Inductor overwrites operands of loops and regions in backward that are read again.
 
-AOTAutograd tells Inductor the positions, among a backward graph's inputs, of the saved tensors that
-it may overwrite ("donated buffers"). Inductor takes them for positions among the inputs of each
-body too. Without donated buffers nothing that was saved is overwritten.
+::
 
-Affected: torch 2.11 to 2.14. Mended in 2.15: https://github.com/pytorch/pytorch/pull/193960.
+    h = torch.tanh(x @ weight)                  # saved for backward
+    scan(step, h, xs)                           # the body's backward works in that memory
+
+AOTAutograd tells Inductor which inputs of a backward graph it may overwrite ("donated buffers"), by
+their positions. Inductor looks the same positions up among the inputs of each body, where they are
+those of other tensors. The gradients are wrong altogether, without an error. For example, a weight
+that was computed in front of a ``scan`` and read in its body, in bfloat16 under autocast, got a
+gradient that was off by 72 % on 2.13.0.
+
+Seen on 2.11.0 and 2.13.0. Mended in 2.15.0: https://github.com/pytorch/pytorch/pull/193960; see
+also https://github.com/pytorch/pytorch/pull/192840. A user's report:
+https://github.com/pytorch/pytorch/issues/153679. ``tests/graph/torch_bugs/test_donated_buffers.py``
+shows it.
+
+What we do: a graph with bodies is compiled without donated buffers, so that nothing which forward
+saved is overwritten. That costs memory in backward, so it is done before 2.15 alone.
 """
 
 from __future__ import annotations
@@ -12,18 +25,23 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+
 from fxparam._torch.names import functorch_config
 
 __all__ = ["keep_saved_tensors"]
 
+#: This file may go once no older torch is supported.
+_MENDED_IN = "2.15"
+
 
 def keep_saved_tensors(*, has_bodies: bool) -> AbstractContextManager[Any]:
-    """Let no backward work in the memory of what forward saved, while a graph is compiled.
+    """Return a context to compile in, in which backward keeps what forward saved.
 
     Args:
         has_bodies: whether the graph runs bodies; the setting of a graph without any stays.
     """
-    if not has_bodies:
+    if not has_bodies or torch.__version__ >= _MENDED_IN:
         return nullcontext()
     patched: AbstractContextManager[Any] = functorch_config().patch(donated_buffer=False)
     return patched

@@ -1,11 +1,33 @@
-"""What a body returns is memory of its own, unless the graph around can see whose it is.
+"""Inductor overwrites results of loops, branches and regions that share memory with something else.
 
-Inductor uses the memory of an operand or a result for other values once it has no more readers.
-Where a body returns an operand, or a view of one, or the same memory twice, that memory is another
-result's too, which is overwritten. Programs may not have such bodies, but torch makes them: in the
-backward of ``scan``, an operand without a gradient has a carry of zeros that is passed on from step
-to step; the forward of ``nested_compile_region`` returns views of its operands, saved for backward,
-and what it computes twice where that is saved.
+::
+
+    @torch.compiler.nested_compile_region
+    def activation(h, weight):
+        return torch.tanh(h @ weight)       # the result, and saved for backward: one memory
+
+    for _ in range(5):
+        h = activation(h, weight) + h       # the sum is made in that memory
+
+Inductor takes each result of a body for memory of its own, and uses it for other values once it has
+no more readers. Where a body returns an operand, a view of one, or one tensor twice, that memory
+belongs to something else as well, which is overwritten. The gradients are wrong altogether, without
+an error. Programs may not have such bodies, but torch makes them:
+
+- In the backward of ``scan``, an operand without a gradient has a carry of zeros, which each step
+  passes on.
+- The forward of ``nested_compile_region`` returns views of its operands, saved for backward.
+- It also returns twice what is a result and saved for backward, as that of ``tanh`` is.
+
+Seen on 2.11.0, 2.13.0 and 2.15.0, with and without donated buffers (``donated_buffers.py``). No
+upstream issue was found. The nearest is https://github.com/pytorch/pytorch/issues/195977, about a
+``scan`` that is refused because it returns one tensor twice.
+``tests/graph/torch_bugs/test_memory_of_results.py`` shows it.
+
+What we do, before Inductor lowers a graph: the graph around takes such a result from where it is.
+Where it cannot, the body returns a copy. ::
+
+    result = region(h)[1]      # h.transpose(0, 1)      becomes      result = h.transpose(0, 1)
 """
 
 from __future__ import annotations
@@ -26,7 +48,7 @@ __all__ = ["show_what_bodies_pass_on"]
 
 
 def show_what_bodies_pass_on(graph: Graph) -> None:
-    """Take what a body passes on, or returns twice, from where it is, or let it return a copy.
+    """Let no body return memory that is an operand's, or another result's.
 
     Args:
         graph: an ATen graph, forward or backward, before Inductor lowers it.
@@ -39,7 +61,7 @@ def show_what_bodies_pass_on(graph: Graph) -> None:
 
 
 def _of_a_loop(call: Call) -> None:
-    """Return a carry that is passed on in each run is what it was at first."""
+    """Replace a carry that each run passes on by what it was at first; return copies of others."""
     body = call.bodies[-1]
     first: Any = call.node.args[1 if call.op == "scan" else 2]
     for i, (source, *views) in _shown(body).items():
@@ -50,13 +72,17 @@ def _of_a_loop(call: Call) -> None:
 
 
 def _of_branches(call: Call) -> None:
+    """Return copies: the graph around does not know which branch runs."""
     for body in call.bodies:
         for i in _shown(body):
             _return_a_copy(body, i)
 
 
 def _of_a_region(call: Call) -> None:
-    """Calls of a region share its code: whether it returns a copy depends on the body alone."""
+    """Replace a result by the same views of the operand or of the other result.
+
+    Calls of a region share its code. So whether it returns a copy depends on the body alone.
+    """
     (body,) = call.bodies
     for i, (source, *views) in _shown(body).items():
         returned, known = _returned(body), {*body.placeholders}
@@ -88,7 +114,10 @@ def _returned(body: Body) -> tuple[Any, ...]:
 
 
 def _shown(body: Body) -> dict[int, list[Node]]:
-    """The results that show an operand's memory, or another result's: from it, view by view."""
+    """Return the results that lie in the memory of an operand, or of another result.
+
+    Each, by its position, comes with that operand or result, and the views that lead to it.
+    """
     returned = {
         i: each
         for i, each in enumerate(_returned(body))
@@ -122,7 +151,14 @@ def _chain(node: Node) -> list[Node]:
 
 
 def _rebuilt(call: Node, around: dict[Node, Any], source: Node, views: list[Node]) -> Node:
-    """Return the last of the views in the graph around, which knows their inputs."""
+    """Return the last of some views of a body, made in the graph around.
+
+    Args:
+        call: the call of the body.
+        around: for nodes of the body, what they are in the graph around; the views are added.
+        source: what the first of the views shows.
+        views: nodes of the body.
+    """
     given = around[source]
     with call.graph.inserting_before(call if source.op == "placeholder" else given.next):
         copy_nodes(views, call.graph, around)

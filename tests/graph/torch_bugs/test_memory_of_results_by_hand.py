@@ -1,10 +1,9 @@
-"""Loops and regions train under Inductor: no memory of an operand serves another value."""
+"""What a body passes on, in graphs made by hand: taken from where it is, or returned as a copy."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,114 +12,8 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
-import fxparam
 from fxparam.graph import show_what_bodies_pass_on
-from tests import helpers
-
-
-@pytest.fixture(autouse=True)
-def reset() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def _step(weight: Tensor, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(h + x) + 0.5 * weight
-    return h + 0, h.sum()
-
-
-def _passed_on(x: Tensor, weight: Tensor) -> Tensor:
-    """Backward's carry for what has no gradient is zeros, and read when the loop is over."""
-    h = torch.tanh(x @ weight)
-    return _loop(lambda h, x: _step(weight.detach(), h, x), h, torch.stack([h, 2 * h, 3 * h]))
-
-
-def _in_place(x: Tensor, weight: Tensor) -> Tensor:
-    """A position among what is saved for backward is that of a carry of the body."""
-    x = x + torch.tanh(x @ weight)
-    h = torch.tanh(x @ weight)
-    return _loop(partial(_step, weight), h, torch.stack([h, 2 * h, 3 * h]))
-
-
-def _loop(step: Callable[..., tuple[Tensor, Tensor]], h: Tensor, xs: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return scan(step, h, xs, dim=0)[0]
-    for x in xs:
-        h, _ = step(h, x)
-    return h
-
-
-@torch.compiler.nested_compile_region
-def _residual(h: Tensor, weight: Tensor) -> Tensor:
-    return torch.tanh(h @ weight) + h
-
-
-def _saved_views(x: Tensor, weight: Tensor) -> Tensor:
-    """Backward reads operands of the region, transposed."""
-    h = torch.tanh(x @ weight)
-    for _ in range(3):
-        h = _residual(h, weight)
-    return torch.tanh(h @ weight)
-
-
-@torch.compiler.nested_compile_region
-def _sum_and_double(h: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return h + k, h * 2
-
-
-def _passed_on_by_a_region(x: Tensor, weight: Tensor) -> Tensor:
-    h = torch.tanh(x @ weight)
-    k = torch.tanh(h @ weight)
-    for _ in range(3):
-        h, k = _sum_and_double(h, torch.tanh(k @ weight))
-    return h @ k
-
-
-@torch.compiler.nested_compile_region
-def _activation(h: Tensor, weight: Tensor) -> Tensor:
-    return torch.tanh(h @ weight)
-
-
-def _saved_and_returned(x: Tensor, weight: Tensor) -> Tensor:
-    """The result is what backward needs; the sum may not be made in its memory."""
-    h = x
-    for _ in range(5):
-        h = _activation(h, weight) + h
-    return h
-
-
-def _saved_and_returned_in_a_checkpoint(x: Tensor, weight: Tensor) -> Tensor:
-    h = x
-    for _ in range(3):
-        h = checkpoint(lambda h: _activation(h, weight) * weight, h, use_reentrant=False) + h
-    return h
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        _passed_on,
-        _in_place,
-        _saved_views,
-        _passed_on_by_a_region,
-        _saved_and_returned,
-        _saved_and_returned_in_a_checkpoint,
-    ],
-)
-def test_gradients(function: Callable[..., Tensor]) -> None:
-    """torch 2.13's Inductor by itself gets each of them wrong."""
-    if function in (_passed_on, _in_place):
-        helpers.skip_unless_scans_train()
-    compiled = torch.compile(function, backend="fxparam")
-    torch.manual_seed(0)
-    x, weight = (torch.randn(4, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
-    expected, actual = function(x, weight), compiled(x, weight)
-    assert_close(actual, expected)
-    gradients = [torch.autograd.grad(y.square().sum(), (x, weight)) for y in (actual, expected)]
-    assert_close(*gradients)
 
 
 def _bodies(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
@@ -274,20 +167,3 @@ def test_a_branch_returns_no_memory_twice() -> None:
     for body in _bodies(gm):
         assert len(body.graph.output_node().all_input_nodes) == 2
     assert_close(gm(x), (x.sin(), x.sin()))
-
-
-def test_saved_tensors_stay_saved_where_there_are_bodies() -> None:
-    seen = []
-
-    def inner(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
-        seen.append(torch._functorch.config.donated_buffer)
-        return gm.forward
-
-    weight = torch.ones(3, requires_grad=True)
-
-    def by_branch(x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x * weight,))
-
-    for function in (by_branch, lambda x: torch.sin(x * weight)):
-        torch.compile(function, backend=fxparam.backend(inner))(torch.ones(3))
-    assert seen == [False, True]
