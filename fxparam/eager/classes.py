@@ -25,7 +25,7 @@ from torch.nn import Module, ModuleDict
 from fxparam.eager import reading
 from fxparam.eager.pickling import KEY, reduce_method, setstate_method
 
-__all__ = ["chain_of", "chains_of", "make_class", "original_class", "rebuild"]
+__all__ = ["EvaluationError", "chain_of", "chains_of", "make_class", "original_class", "rebuild"]
 
 # Reentrant: making a class runs the original's __init_subclass__.
 _lock = threading.RLock()
@@ -129,9 +129,12 @@ def _property(original: type, name: str) -> property:
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
-        if torch.compiler.is_dynamo_compiling():
-            return reading.present().traced_value(chain)
-        return reading.present().value(chain)
+        try:
+            if torch.compiler.is_dynamo_compiling():
+                return reading.present().traced_value(chain)
+            return reading.present().value(chain)
+        except AttributeError as error:
+            raise EvaluationError(self, name, error) from error
 
     def set_original(self: Module, value: Tensor) -> None:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -160,6 +163,19 @@ def _stored(module: Module, name: str) -> Any:
             return store[name]
     # Python now asks the class's __getattr__, as it does for any name it has not found.
     raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+
+
+class EvaluationError(RuntimeError):
+    """A parametrization raised an AttributeError.
+
+    Python takes an AttributeError of a property for a missing attribute, and would say that the
+    module has no attribute ``weight``. The error itself is the cause of this one.
+    """
+
+    def __init__(self, module: Module, name: str, error: AttributeError) -> None:
+        super().__init__(
+            f"evaluating {type(module).__name__}.{name} raised an AttributeError: {error}"
+        )
 
 
 class _Plain:
