@@ -12,8 +12,10 @@ such changes so that no other instance notices them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,6 +26,7 @@ from torch.nn import Module, ModuleDict
 
 from fxparam.eager import reading
 from fxparam.eager.pickling import KEY, reduce_method, setstate_method
+from fxparam.eager.reset import reset_parameters
 
 __all__ = ["EvaluationError", "chain_of", "chains_of", "make_class", "original_class", "rebuild"]
 
@@ -79,11 +82,22 @@ def make_class(original: type, names: frozenset[str]) -> type:
                 "__setstate__": setstate_method(original),
                 **{name: _property(original, name) for name in sorted(names)},
             }
+            if hasattr(original, "reset_parameters"):
+                namespace["reset_parameters"] = _reset_method(original)
             namespace[KEY] = (original, names)
             meta = _metaclass(type(original))
             cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
             _classes[original, names] = cls
         return cls
+
+
+def _reset_method(original: Any) -> Callable[..., Any]:
+    """Return the ``reset_parameters`` of a shared class."""
+
+    def reset(self: Module, *args: Any, **kwargs: Any) -> Any:
+        return reset_parameters(self, lambda: original.reset_parameters(self, *args, **kwargs))
+
+    return functools.wraps(original.reset_parameters)(reset)
 
 
 @lru_cache(maxsize=64)
