@@ -18,13 +18,14 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam._torch.names import tree_flatten
+from fxparam._torch.names import tree_flatten, unbacked_symbols
 from fxparam._torch.tensors import storage_of
 
 __all__ = [
     "ancestors",
     "attribute_of",
     "body_of",
+    "has_new_sizes",
     "is_view",
     "meta_with",
     "module_path",
@@ -67,6 +68,12 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """Return the graph that a node hands to a higher-order op, if it is one."""
     value = attribute_of(gm, node) if node.op == "get_attr" else None
     return value if isinstance(value, GraphModule) else None
+
+
+def has_new_sizes(node: Node) -> bool:
+    """Check whether data decide a number or a size in a node's value, which no input of it has."""
+    known = set().union(*(unbacked_symbols(value_of(n)) for n in node.all_input_nodes))
+    return not unbacked_symbols(value_of(node)) <= known
 
 
 def ancestors(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda _: True) -> set[Node]:
