@@ -3,6 +3,7 @@
 from fxparam.compiling.backend import Backend, backend
 from fxparam.compiling.entry import compile
 from fxparam.eager.adopt import adopt
+from fxparam.eager.init import init_
 from fxparam.eager.parametrization_list import ParametrizationList
 from fxparam.eager.register import (
     is_parametrized,
@@ -36,6 +37,7 @@ __all__ = [
     "export",
     "fold",
     "hoist",
+    "init_",
     "is_parametrized",
     "register_parametrization",
     "remove_parametrizations",

@@ -99,10 +99,19 @@ def _imported(
             up = len(here) + is_init - node.level
             base = ".".join([*here[:up], node.module or ""] if node.level else [node.module or ""])
             modules = [f"{base.strip('.')}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            given = node.args[0] if node.args else None
+            modules = [given.value] if isinstance(given, ast.Constant) else []
         for module in modules:
             first, _, rest = module.partition(".")
             if first == package:
                 yield node.lineno, rest
+
+
+def _called(call: ast.Call) -> str:
+    """Return the last part of the name of what is called."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def room_of(name: str, rooms: Mapping[str, set[str]] = ALLOWED) -> str | None:

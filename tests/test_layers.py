@@ -110,6 +110,11 @@ def test_a_package_in_order_passes(tmp_path: Path) -> None:
             "if True:\n    from fxparam import graph",
             "scopes.region:2 imports graph",
         ),
+        (
+            "eager/register.py",
+            'import importlib\nimportlib.import_module("fxparam.scopes.region")',
+            "eager.register:2 imports scopes.region",
+        ),
         ("_torch/names.py", "from fxparam import cached", "_torch.names:1 imports "),
         ("helpers.py", "", "helpers: in no layer"),
     ],

@@ -21,6 +21,7 @@ __all__ = [
     "is_in_traced_generator",
     "is_opaque_wrapper",
     "is_parameter_or_buffer",
+    "is_restart",
     "lookup_backend",
     "nest_results",
     "restart_trace",
@@ -130,6 +131,11 @@ def restart_trace(reason: str) -> NoReturn:
         for kind in ("TensorifyScalar", "Unspecialize")
     ]
     raise type("RestartAnalysis", tuple(kinds), {})(restart_reason=reason)
+
+
+def is_restart(error: Exception) -> bool:
+    """Check whether an exception asks Dynamo to trace the present frame once more."""
+    return isinstance(error, lookup("torch._dynamo.exc", "RestartAnalysis"))
 
 
 def is_in_traced_generator(own: types.CodeType) -> bool:

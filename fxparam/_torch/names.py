@@ -47,6 +47,7 @@ __all__ = [
     "tree_flatten_with_path",
     "tree_map",
     "tree_unflatten",
+    "unbacked_symbols",
 ]
 
 
@@ -92,6 +93,7 @@ set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = lookup("torch", "_C")
 # An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
+_unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
 _interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
@@ -216,3 +218,12 @@ def global_buffer_hooks() -> dict[int, Any]:
     """Return the global hooks that see each registration of a buffer, by their numbers."""
     hooks: dict[int, Any] = lookup("torch.nn.modules.module", "_global_buffer_registration_hooks")
     return hooks
+
+
+def unbacked_symbols(value: object) -> set[Any]:
+    """Return the symbols in the sizes and numbers of a value that only data decide."""
+    found: set[Any] = set()
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            found |= _unbacked(leaf)
+    return found

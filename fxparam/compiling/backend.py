@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import GraphModule
 
-from fxparam._torch.dynamo import clear_trace_marks, lookup_backend, trace_number
+from fxparam._torch.dynamo import (
+    clear_trace_marks,
+    compilation,
+    lookup_backend,
+    restart_trace,
+    trace_number,
+)
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
+from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import with_values_of_region
+from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
@@ -38,8 +47,6 @@ class Backend:
     """
 
     compiler_name = "fxparam"
-    #: ``cached()`` marks the nodes that it traces for a backend that says so.
-    reads_marks = True
 
     def __init__(
         self,
@@ -47,10 +54,25 @@ class Backend:
         mode: str | None = None,
         options: dict[str, Any] | None = None,
         max_bytes: float = math.inf,
+        strict: bool | None = None,
     ) -> None:
         self._inner, self._mode, self._options = inner, mode, options or {}
-        self._max_bytes = max_bytes
+        self._max_bytes, self._strict = max_bytes, strict
+        self._unshared: object = None  # the compilation whose graph a pass failed on
         self.reports: list[Report] = []
+
+    def __repr__(self) -> str:
+        given = {"mode": self._mode, **self._options, "strict": self._strict}
+        if self._max_bytes != math.inf:
+            given["max_bytes"] = self._max_bytes
+        inner = self._inner if isinstance(self._inner, str) else kind_of(self._inner)
+        options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
+        return f"fxparam.backend({inner!r}{options})"
+
+    @property
+    def reads_marks(self) -> bool:
+        """Whether ``cached()`` is to mark the nodes that it traces, as the passes will run."""
+        return not is_disabled() and (self._unshared is None or self._unshared != compilation())
 
     @property
     def last_report(self) -> Report | None:
@@ -71,6 +93,24 @@ class Backend:
         backend, over those given to :func:`backend`.
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        if not self.reads_marks:
+            return inner(gm, example_inputs)  # type: ignore[no-any-return]
+        try:
+            with named():
+                result, inner = self._share(gm, example_inputs, inner)
+        except PassFailedError as error:
+            self._give_up(error)
+        self._record(result)
+        if result.has_bodies:
+            allow_scalar_outputs(gm)
+        with keep_saved_tensors(has_bodies=result.has_bodies):
+            compiled: Callable[..., Any] = inner(gm, example_inputs)
+        return compiled
+
+    def _share(
+        self, gm: GraphModule, example_inputs: Sequence[Any], inner: Callable[..., Any]
+    ) -> tuple[HoistResult, Callable[..., Any]]:
+        """Run the passes; return what they did, and a backend for the graph as it is now."""
         settle(gm, trace_number())
         clear_trace_marks((REGION, EVALUATION, VALUE))
         # Dynamo restores the frame's own modes before it calls a backend.
@@ -82,12 +122,16 @@ class Backend:
         )
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner)
-        self._record(result)
-        if result.has_bodies:
-            allow_scalar_outputs(gm)
-        with keep_saved_tensors(has_bodies=result.has_bodies):
-            compiled: Callable[..., Any] = inner(gm, example_inputs)
-        return compiled
+        return result, inner
+
+    def _give_up(self, error: PassFailedError) -> NoReturn:
+        """Let Dynamo trace the present frame anew, to be compiled as it is; raise if strict."""
+        frame = compilation()
+        if is_strict(self._strict) or frame is None:
+            raise error
+        warnings.warn(f"{error}\nThe graph is compiled unshared.", RuntimeWarning, stacklevel=2)
+        self._unshared = frame
+        restart_trace("a pass of fxparam failed")
 
     def _record(self, result: HoistResult) -> None:
         """Keep the report, and show it where there is something to see."""
@@ -124,6 +168,7 @@ def backend(
     *,
     mode: str | None = None,
     max_bytes: float = math.inf,
+    strict: bool | None = None,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -135,11 +180,14 @@ def backend(
             ``GraphModule`` and example inputs to a callable.
         mode: as ``torch.compile``'s, handed to ``inner``.
         max_bytes: a value with more bytes than this is not shared: a shared value lives longer.
+        strict: what happens if a pass of this backend fails on a graph. True: an error. False: a
+            warning, and the graph is compiled as it was captured. None: True if the environment has
+            ``FXPARAM_STRICT=1``. With ``FXPARAM_DISABLE=1`` no graph is shared at all.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
         ValueError: ``inner`` is no registered backend.
-        TypeError: ``inner`` is neither a string nor callable.
+        TypeError: ``inner`` is neither a string nor callable, or ``max_bytes`` is no number.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 
@@ -155,7 +203,9 @@ def backend(
             raise ValueError(f"inner must be a registered backend: got {inner!r}, known: {known}")
     elif not callable(inner):
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
-    return Backend(inner, mode, options, max_bytes)
+    if not isinstance(max_bytes, (int, float)):
+        raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
+    return Backend(inner, mode, options, max_bytes, strict)
 
 
 #: What the entry point ``fxparam`` names.

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fxparam.eager.describe import spelled
+
 __all__ = ["compile"]
 
 
@@ -31,7 +33,7 @@ def compile(model: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
     """
     if "backend" in kwargs:
         raise TypeError(
-            f"fxparam.compile sets backend itself, got backend={kwargs['backend']!r}: use "
+            f"fxparam.compile sets backend itself, got backend={spelled(kwargs['backend'])}: use "
             "torch.compile(model, backend=fxparam.backend(inner=...)) to choose what runs inside"
         )
     if model is not None and not callable(model):

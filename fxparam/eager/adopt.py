@@ -8,7 +8,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize as torch_parametrize
 
 from fxparam.eager.checks import check_modules
-from fxparam.eager.classes import chains_of, make_class, original_class
+from fxparam.eager.classes import chains_of, is_made_by_torch, make_class, original_class
 from fxparam.eager.parametrization_list import ParametrizationList
 
 __all__ = ["adopt"]
@@ -68,7 +68,4 @@ def _torch_made(cls: type) -> bool:
 
     FSDP puts a class of its own on top of one.
     """
-    return any(
-        base.__module__ == "torch.nn.utils.parametrize" and original_class(base) is not None
-        for base in cls.__mro__
-    )
+    return any(map(is_made_by_torch, cls.__mro__))

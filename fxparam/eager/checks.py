@@ -6,6 +6,7 @@ errors are torch's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_appended",
     "check_modules",
     "check_not_scripted",
+    "check_takes_one_tensor",
     "check_value",
     "registrable",
     "shape_and_dtype",
@@ -142,6 +144,23 @@ def check_value(value: object, shape: torch.Size, dtype: torch.dtype) -> None:
             f"Registering a parametrization may not change the shape {_UNLESS}\n"
             f"unparametrized shape: {tuple(shape)}\nparametrized shape: {tuple(value.shape)}"
         )
+
+
+def check_takes_one_tensor(parametrization: Module, name: str) -> None:
+    """Raise ValueError if a further parametrization cannot be called with one tensor.
+
+    In a chain it gets the value of the parametrization before it, ``unsafe`` or not.
+    """
+    try:
+        inspect.signature(parametrization.forward).bind(name)
+    except TypeError as error:
+        raise ValueError(
+            "In a chain, a parametrization gets one tensor, the value of the one before it.\n"
+            f"required: a forward that takes one argument\nfound: {kind_of(parametrization)}, "
+            f"registered on '{name}' after another: {error}"
+        ) from error
+    except ValueError:  # no signature can be found
+        return
 
 
 def check_appended(value: Tensor, parametrization: Module, name: str) -> None:

@@ -12,8 +12,10 @@ such changes so that no other instance notices them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,8 +26,17 @@ from torch.nn import Module, ModuleDict
 
 from fxparam.eager import reading
 from fxparam.eager.pickling import KEY, reduce_method, setstate_method
+from fxparam.eager.reset import reset_parameters
 
-__all__ = ["chain_of", "chains_of", "make_class", "original_class", "rebuild"]
+__all__ = [
+    "EvaluationError",
+    "chain_of",
+    "chains_of",
+    "is_made_by_torch",
+    "make_class",
+    "original_class",
+    "rebuild",
+]
 
 # Reentrant: making a class runs the original's __init_subclass__.
 _lock = threading.RLock()
@@ -52,14 +63,18 @@ def original_class(cls: type) -> type | None:
     if KEY in cls.__dict__:
         original: type = cls.__dict__[KEY][0]
         return original
-    base = cls.__bases__[0] if len(cls.__bases__) == 1 else None
-    if (
-        base is not None
-        and cls.__module__ == "torch.nn.utils.parametrize"
-        and cls.__name__ == f"Parametrized{base.__name__}"
-    ):
-        return base
-    return None
+    return cls.__bases__[0] if is_made_by_torch(cls) else None
+
+
+def is_made_by_torch(cls: type) -> bool:
+    """Check whether torch's functions made ``cls`` for a parametrized module.
+
+    They give such a class a ``__getstate__`` of their own. Its ``__module__`` does not tell: a
+    metaclass written in Python, as that of ``abc.ABC``, sets it to where it is written itself.
+    """
+    method = cls.__dict__.get("__getstate__")
+    made = getattr(method, "__module__", "") == "torch.nn.utils.parametrize"
+    return made and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"
 
 
 def make_class(original: type, names: frozenset[str]) -> type:
@@ -79,11 +94,22 @@ def make_class(original: type, names: frozenset[str]) -> type:
                 "__setstate__": setstate_method(original),
                 **{name: _property(original, name) for name in sorted(names)},
             }
+            if hasattr(original, "reset_parameters"):
+                namespace["reset_parameters"] = _reset_method(original)
             namespace[KEY] = (original, names)
             meta = _metaclass(type(original))
             cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
             _classes[original, names] = cls
         return cls
+
+
+def _reset_method(original: Any) -> Callable[..., Any]:
+    """Return the ``reset_parameters`` of a shared class."""
+
+    def reset(self: Module, *args: Any, **kwargs: Any) -> Any:
+        return reset_parameters(self, lambda: original.reset_parameters(self, *args, **kwargs))
+
+    return functools.wraps(original.reset_parameters)(reset)
 
 
 @lru_cache(maxsize=64)
@@ -129,9 +155,12 @@ def _property(original: type, name: str) -> property:
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
-        if torch.compiler.is_dynamo_compiling():
-            return reading.present().traced_value(chain)
-        return reading.present().value(chain)
+        try:
+            if torch.compiler.is_dynamo_compiling():
+                return reading.present().traced_value(chain)
+            return reading.present().value(chain)
+        except AttributeError as error:
+            raise EvaluationError(self, name, error) from error
 
     def set_original(self: Module, value: Tensor) -> None:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -160,6 +189,19 @@ def _stored(module: Module, name: str) -> Any:
             return store[name]
     # Python now asks the class's __getattr__, as it does for any name it has not found.
     raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+
+
+class EvaluationError(RuntimeError):
+    """A parametrization raised an AttributeError.
+
+    Python takes an AttributeError of a property for a missing attribute, and would say that the
+    module has no attribute ``weight``. The error itself is the cause of this one.
+    """
+
+    def __init__(self, module: Module, name: str, error: AttributeError) -> None:
+        super().__init__(
+            f"evaluating {type(module).__name__}.{name} raised an AttributeError: {error}"
+        )
 
 
 class _Plain:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch.nn import Module
 
-__all__ = ["first_names", "kind_of", "spelled", "tensors_of"]
+__all__ = ["check_kind", "first_names", "kind_of", "spelled", "tensors_of"]
 
 _SHOWN = 10
 
@@ -22,6 +22,23 @@ def kind_of(value: object) -> str:
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
     return type(value).__name__
+
+
+def check_kind(name: str, value: object, kind: type, way_out: str) -> None:
+    """Raise TypeError unless an argument is an instance of a class.
+
+    Args:
+        name: the name of the argument.
+        value: the argument.
+        kind: the class.
+        way_out: a sentence on how to get one.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be of class {kind.__name__}.\n"
+            f"required: {kind.__module__}.{kind.__name__}\n"
+            f"found: {kind_of(value)}\n{way_out}"
+        )
 
 
 def spelled(name: object) -> str:

@@ -16,6 +16,7 @@ import copyreg
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 __all__ = ["KEY", "WeightNormKeys", "reduce_method", "setstate_method"]
@@ -46,7 +47,10 @@ def reduce_method(
             # A class was put on top (FSDP does so): whether that pickles is its own affair.
             return original.__reduce_ex__(self, protocol)
         reducer = copyreg.dispatch_table.get(original)
-        reduced = reducer(self) if reducer else original.__reduce_ex__(self, protocol)
+        # A state may hold values of parametrized tensors, as that of torch.nn.GRU does. With a
+        # history they could not be copied.
+        with torch.no_grad():
+            reduced = reducer(self) if reducer else original.__reduce_ex__(self, protocol)
         if isinstance(reduced, str):
             return reduced
         make, arguments, *rest = reduced

@@ -88,6 +88,7 @@ def register_parametrization(
         chain: Any = module.parametrizations[tensor_name]  # type: ignore[index]
         with unchanged_if_refused(chain, parametrization):
             parametrization.train(module.training)
+            checks.check_takes_one_tensor(parametrization, tensor_name)
             if not unsafe:
                 checks.check_appended(getattr(module, tensor_name), parametrization, tensor_name)
             chain.append(parametrization)

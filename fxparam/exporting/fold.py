@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from fxparam._torch.fx import rename
+from fxparam.eager.describe import check_kind
 from fxparam.exporting.evaluations import (
     IN_A_BODY,
     UNDER_AUTOCAST,
@@ -68,6 +69,7 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         A new program, with the state dict's other tensors shared.
 
     Raises:
+        TypeError: ``program`` is no exported program.
         ValueError: a parametrization draws random numbers, writes (spectral norm in training
             does), depends on the program's inputs or on what the program writes, or stays in a
             body that may not run, or that reads an original of it; the message names the tensor.
@@ -85,6 +87,7 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         >>> [node.name for node in program.graph.nodes]
         ['p_bias', 'p_weight', 'input', 'linear', 'output']
     """
+    check_kind("program", program, ExportedProgram, "fxparam.export makes one of a model.")
     signature = program.graph_signature
     gm = _copy_of(program.graph_module)
     specs = dict(zip(gm.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from fxparam.graph.analysis.evaluations import Evaluation
-from fxparam.graph.analysis.nodes import is_view
+from fxparam.graph.analysis.nodes import is_view, module_path
 from fxparam.graph.rules import Rule
 
 __all__ = ["Entry", "Refusal", "Report", "make_report"]
@@ -179,7 +179,7 @@ def _kind(site: Evaluation) -> tuple[str, ...]:
     kinds: dict[str, str] = {}
     for node in site.nodes:
         for call, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-            if _STEP.search(path):
+            if _STEP.search(module_path(path)):
                 kinds.setdefault(call.partition("@")[0], getattr(kind, "__name__", str(kind)))
     return tuple(kinds.values())
 

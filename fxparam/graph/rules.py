@@ -2,8 +2,9 @@
 
 1. They are the same function of the same tensors, forward and backward. Value numbering finds what
    is the same forward (``analysis/numbering.py``). Backward is asked by
-   ``has_one_backward_for_all``, ``may_a_gradient_be_taken`` and
-   ``is_its_gradient_summed_in_reduced_precision``.
+   ``has_one_backward_for_all``, ``may_a_gradient_be_taken``,
+   ``do_readers_sum_in_reduced_precision`` and ``is_its_gradient_summed_in_reduced_precision`` (in a
+   loop).
 2. No original, and no buffer that the evaluation reads, is written between the two: asked by
    ``is_an_input_written_between``, ``is_an_input_written_inside`` (a loop's body) and
    ``is_an_input_written_around`` (what backward runs again).
@@ -49,7 +50,7 @@ class Rule(enum.Enum):
 
     NOT_ADDITIVE = 1, "a custom backward is not known to be additive in the gradient"
     DIFFERENTIATED = 1, "the graph itself takes gradients of what is computed from it"
-    REDUCED = 1, "its gradient would be summed over the steps in reduced precision"
+    REDUCED = 1, "its gradient would be summed in reduced precision"
     ORIGINAL_WRITTEN = 2, "an original is written between the two accesses"
     WRITTEN_AROUND = 2, "an original is written in the graph, and backward may evaluate again"
     VALUE_WRITTEN = 3, "the value is written in place"
@@ -260,6 +261,19 @@ def is_too_large(node: Node, max_bytes: float) -> bool:
     if max_bytes == float("inf"):
         return False
     return sum(t.numel() * t.element_size() for t in tensors_in(value_of(node))) > max_bytes
+
+
+def do_readers_sum_in_reduced_precision(*, narrow: bool, apart: bool) -> bool:
+    """Rule 1 for backward: would gradients be summed in fewer bits than an original has?
+
+    In float16 such a sum may be infinite where each term is not. What the value is computed from in
+    full precision is shared all the same, and each reader has the cast to itself.
+
+    Args:
+        narrow: the value has fewer bits than what it is computed from.
+        apart: its readers are not shared with it, so that it is where their gradients meet.
+    """
+    return narrow and apart
 
 
 def is_its_gradient_summed_in_reduced_precision(node: Node) -> bool:

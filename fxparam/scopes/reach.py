@@ -7,6 +7,7 @@ Global names and the attributes of other objects are not: through them everythin
 
 from __future__ import annotations
 
+import copyreg
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,8 @@ def held_by(module: Module) -> list[Any]:
     """
     attributes = module.__dict__
     stores = [attributes.get(name) for name in ("_parameters", "_buffers", "_modules")]
-    own: list[Any] = []
+    names = copyreg._slotnames(type(module))  # type: ignore[attr-defined]  # cached on the class
+    own: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
     for value in attributes.values():
         kind = type(value)
         # A module has a dozen containers for hooks, nearly always empty.
@@ -76,6 +78,8 @@ def _parts(value: Any) -> Iterable[Any]:
     kind = type(value)
     if issubclass(kind, dict):
         return dict.values(value)
+    if kind is types.MappingProxyType:
+        return value.values()  # type: ignore[no-any-return]
     if issubclass(kind, _SEQUENCES):
         return value  # type: ignore[no-any-return]
     if kind is types.FunctionType:

@@ -13,11 +13,14 @@ from torch.nn import Parameter
 
 from fxparam._torch.names import FakeTensorMode, inside_functorch, tree_map
 from fxparam._torch.tensors import storage_of
+from fxparam.eager.describe import check_kind
 from fxparam.eager.rollback import attributes_kept
 from fxparam.graph import HoistResult
 from fxparam.graph.passes.hoist import hoist as hoist_graph
 
 __all__ = ["hoist"]
+
+_WAY_OUT = "fxparam.symbolic_trace makes one; an exported program has one, its graph_module."
 
 _log = logging.getLogger("fxparam")
 
@@ -122,6 +125,9 @@ def hoist(
     Returns:
         The same graph module, a report of what was shared and kept, whether anything changed.
 
+    Raises:
+        TypeError: ``gm`` is no graph module.
+
     Example:
         >>> import torch
         >>> import fxparam
@@ -138,6 +144,7 @@ def hoist(
         >>> sum(node.target is torch.matrix_exp for node in gm.graph.nodes)
         1
     """
+    check_kind("gm", gm, GraphModule, _WAY_OUT)
     if example_inputs is not None:
         _FakeRun(gm).run(*example_inputs)
     return hoist_graph(gm, grad_enabled=grad_enabled, max_bytes=max_bytes)

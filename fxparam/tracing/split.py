@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fxparam._torch.fx import copy_nodes
+from fxparam.eager.describe import check_kind
 from fxparam.graph.passes.prologue import prologue_of, subgraph
 
 __all__ = ["split"]
+
+_WAY_OUT = "fxparam.symbolic_trace makes one; an exported program has one, its graph_module."
 
 
 def split(gm: GraphModule) -> tuple[GraphModule, GraphModule]:
@@ -25,6 +28,9 @@ def split(gm: GraphModule) -> tuple[GraphModule, GraphModule]:
         Two graph modules on the same parameters and buffers: the prologue, which returns a tuple,
         and the body, which takes the values of the prologue in front of the inputs of ``gm``.
 
+    Raises:
+        TypeError: ``gm`` is no graph module.
+
     Source: ``tvm.relax.transform.LiftTransformParams``, for the idea.
 
     Example:
@@ -39,6 +45,7 @@ def split(gm: GraphModule) -> tuple[GraphModule, GraphModule]:
         >>> torch.equal(body(*values, x), layer(x))
         True
     """
+    check_kind("gm", gm, GraphModule, _WAY_OUT)
     lifted = prologue_of(gm, lasting=True)
     inside = set(lifted)
     values = [node for node in lifted if any(user not in inside for user in node.users)]

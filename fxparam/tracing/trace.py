@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from fxparam._torch.fx import unpickle_with
+from fxparam.eager.describe import check_kind
 from fxparam.eager.rollback import attributes_kept
 from fxparam.graph import hoist
 from fxparam.graph.passes.naming import label
@@ -51,7 +52,8 @@ def symbolic_trace(
     Raises:
         torch.fx.proxy.TraceError: the model cannot be traced without example inputs; the message
             names the module. Or it binds to a buffer what a graph cannot write to it.
-        TypeError: ``root`` is neither a module nor a function.
+        TypeError: ``root`` is neither a module nor a function, or ``example_inputs`` is no tuple or
+            list.
         ValueError: both ``concrete_args`` and ``example_inputs`` are given.
 
     Source: :func:`torch.fx.symbolic_trace`.
@@ -79,6 +81,9 @@ def symbolic_trace(
             "concrete_args are for tracing without example inputs.\n"
             "required: one of concrete_args and example_inputs\nfound: both"
         )
+    if example_inputs is not None:
+        way_out = "Put the arguments of one call in a tuple: example_inputs=(x,)."
+        check_kind("example_inputs", example_inputs, Sequence, way_out)
     gm = _traced(root, concrete_args) if example_inputs is None else _captured(root, example_inputs)
     if share:
         hoist(gm)

@@ -328,3 +328,21 @@ def test_a_parametrization_that_raises_midway_raises_as_in_eager() -> None:
     model.eval()
     x = torch.randn(2, 5, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_tensor_keeps_its_name_where_traced_code_changes_its_module() -> None:
+    model = parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        model.eval()
+        return model(model(x))  # type: ignore[no-any-return]
+
+    fx = backend("eager")
+    torch.compile(run, backend=fx)(model, torch.ones(1, 4))
+    (entry,) = fx.last_report.entries
+    assert (entry.name, entry.kind, entry.runs_before, entry.runs) == (
+        "weight",
+        ("_WeightNorm",),
+        2,
+        1,
+    )

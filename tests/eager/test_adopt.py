@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -116,3 +118,33 @@ def test_adopt_a_compiled_module() -> None:
     ours.adopt(compiled)
     assert is_ours(layer)
     assert_close(compiled(torch.eye(3)), layer(torch.eye(3)))
+
+
+class _Abstract(nn.Linear, abc.ABC):
+    """A class whose metaclass is written in Python."""
+
+
+class _Own(type):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls, *args, **kwargs)
+
+
+class _OfItsOwn(nn.Linear, metaclass=_Own):
+    pass
+
+
+@pytest.mark.parametrize("cls", [_Abstract, _OfItsOwn])
+def test_adopt_under_a_metaclass(cls: type[nn.Linear]) -> None:
+    first, second = (
+        torch_parametrize.register_parametrization(cls(3, 3), "weight", zoo.Symmetric())
+        for _ in range(2)
+    )
+    for model in (first, second):
+        ours.adopt(model)
+    assert type(first) is type(second)
+    assert ours.type_before_parametrizations(first) is cls
+    with ours.cached():
+        assert first.weight is first.weight
+    twin = pickle.loads(pickle.dumps(first))
+    assert torch.equal(twin.weight, first.weight)
+    assert type(ours.remove_parametrizations(first, "weight")) is cls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -382,3 +383,25 @@ def test_a_part_that_knows_its_layer_does_not_keep_it_alive() -> None:
         del layer
         gc.collect()
         assert gone() is None
+
+
+class _WithSlots(nn.Module):
+    __slots__ = ("table",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Any = types.MappingProxyType({"shift": torch.ones(3, 3)})
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + self.table["shift"]
+
+
+def test_what_slots_and_read_only_tables_hold_is_seen() -> None:
+    step = _WithSlots()
+    layer = ours.register_parametrization(nn.Linear(3, 3), "weight", step)
+    with ours.cached():
+        before = layer.weight
+        step.table["shift"].add_(1)
+        torch.testing.assert_close(layer.weight, before + 1)
+        step.table = {"shift": torch.zeros(3, 3)}
+        torch.testing.assert_close(layer.weight, before - 1)

@@ -18,15 +18,17 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam._torch.names import tree_flatten
+from fxparam._torch.names import tree_flatten, unbacked_symbols
 from fxparam._torch.tensors import storage_of
 
 __all__ = [
     "ancestors",
     "attribute_of",
     "body_of",
+    "has_new_sizes",
     "is_view",
     "meta_with",
+    "module_path",
     "modules_around",
     "owner",
     "tensors_in",
@@ -36,6 +38,8 @@ __all__ = [
 
 _LIST = re.compile(rf"(.*\.)?(Parametrized)*{ParametrizationList.__name__}")
 # A list is ``parametrizations.<tensor>`` of the module that has the tensor.
+# An entry of a dictionary of submodules.
+_ENTRY = re.compile(r"(?:\.|^|(?<=\]))(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _OF_THE_LIST = re.compile(r"(^|\.)parametrizations\.(?=[^.]+$)")
 
 
@@ -64,6 +68,12 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """Return the graph that a node hands to a higher-order op, if it is one."""
     value = attribute_of(gm, node) if node.op == "get_attr" else None
     return value if isinstance(value, GraphModule) else None
+
+
+def has_new_sizes(node: Node) -> bool:
+    """Check whether data decide a number or a size in a node's value, which no input of it has."""
+    known = set().union(*(unbacked_symbols(value_of(n)) for n in node.all_input_nodes))
+    return not unbacked_symbols(value_of(node)) <= known
 
 
 def ancestors(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda _: True) -> set[Node]:
@@ -111,10 +121,20 @@ def _is_list(kind: type | str) -> bool:
 
 
 def _readable(path: str) -> str:
-    """``L['self'].cell.parametrizations.weight`` as ``cell.weight``."""
+    """Return the name of a tensor by the path of its list, as ``cell.weight``."""
+    path = module_path(path)
     # Strict export wraps the model, and unwraps the names but for those in bodies.
     path = _OF_THE_LIST.sub(r"\1", path).removeprefix("_export_root.")
     # A function that closes over a module is read through the function.
     path = path.rpartition(".cell_contents.")[2]
     _, bracket, rest = path.partition("'].")
     return rest if bracket else path
+
+
+def module_path(path: str) -> str:
+    """Return the path of a module with submodules as attributes.
+
+    Where traced code has changed a module, Dynamo spells what it reads there in another way:
+    ``cell.__dict__['_modules']['parametrizations']``.
+    """
+    return _ENTRY.sub(r".\1", path).lstrip(".")

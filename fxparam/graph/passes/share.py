@@ -21,8 +21,15 @@ from torch.fx import GraphModule, Node
 from fxparam._torch.fx import is_erased
 from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.nesting import Level
+from fxparam.graph.analysis.nodes import has_new_sizes
 from fxparam.graph.analysis.numbering import key_of
-from fxparam.graph.rules import Rule, has_effects, refusal
+from fxparam.graph.analysis.precision import narrowed
+from fxparam.graph.rules import (
+    Rule,
+    do_readers_sum_in_reduced_precision,
+    has_effects,
+    refusal,
+)
 
 __all__ = ["Sharing", "erase_unused", "share"]
 
@@ -44,6 +51,16 @@ class Sharing:
 
 def share(level: Level, max_bytes: float = float("inf")) -> Sharing:
     """Let repeated nodes of a graph use the first one's value, and erase them."""
+    result = _decide(level, max_bytes)
+    _keep_what_readers_need(level, result)
+    for node in result.merged:
+        node.replace_all_uses_with(result.number[node])
+    erase_unused(level.gm, level.tables[0], result.merged)
+    return result
+
+
+def _decide(level: Level, max_bytes: float) -> Sharing:
+    """Number the nodes of a graph, and say which may use the value of an earlier one."""
     result = Sharing()
     candidates = level.derived.candidates
     for node in level.gm.graph.nodes:
@@ -60,15 +77,28 @@ def share(level: Level, max_bytes: float = float("inf")) -> Sharing:
             if refused is None:
                 result.number[node] = first
                 if node in candidates:
-                    node.replace_all_uses_with(first)
                     result.merged.add(node)
                 break
         if result.number[node] is node:
             result.firsts[key].append(node)
             if refused is not None and node in candidates:
                 result.refusals[node] = refused
-    erase_unused(level.gm, level.tables[0], result.merged)
     return result
+
+
+def _keep_what_readers_need(level: Level, result: Sharing) -> None:
+    """Keep nodes that may be merged only together with those that read them."""
+    narrow = narrowed(level.gm)
+    for node in reversed(level.gm.graph.nodes):
+        if node not in result.merged:
+            if not result.merged.isdisjoint(node.all_input_nodes) and has_new_sizes(node):
+                # torch remembers, on a mask, the size of what it selects: one mask, one size.
+                result.merged.difference_update(node.all_input_nodes)
+            continue
+        apart = any(user not in result.merged for user in node.users)
+        if do_readers_sum_in_reduced_precision(narrow=node in narrow, apart=apart):
+            result.merged.discard(node)
+            result.refusals[node] = Rule.REDUCED
 
 
 def _first_refusal(refusals: Iterable[Rule | None]) -> Rule | None:

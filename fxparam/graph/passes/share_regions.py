@@ -29,7 +29,13 @@ from fxparam.graph.analysis.numbering import key_of
 from fxparam.graph.rules import Rule, has_effects, has_one_backward_for_all
 from fxparam.marks import EvaluationMark, evaluation_marks, join, region_mark
 
-__all__ = ["MarkedEvaluation", "check_regions", "marked_evaluations", "share_regions"]
+__all__ = [
+    "MarkedEvaluation",
+    "RegionRefusedError",
+    "check_regions",
+    "marked_evaluations",
+    "share_regions",
+]
 
 
 _HOOKS = {"register_hook", "retain_grad"}
@@ -82,6 +88,10 @@ def share_regions(level: Level) -> set[Node]:
     left = [e for e in evaluations if e.own and len(e.own) < len(e.nodes)]
     run.share([MarkedEvaluation(e.mark, e.own, e.own) for e in left])
     return set(run.replaced)
+
+
+class RegionRefusedError(RuntimeError):
+    """A compiled ``cached()`` region asks for an evaluation that cannot be shared there."""
 
 
 class _Likeness(enum.Enum):
@@ -273,9 +283,9 @@ def check_regions(levels: list[Level]) -> None:
     """Refuse what the eager ``cached()`` would share and the pass could not.
 
     Raises:
-        RuntimeError: an evaluation with effects, or without one backward for all accesses, is left
-            in a body that its region encloses, and would run again there or elsewhere in the
-            region.
+        RegionRefusedError: an evaluation with effects, or without one backward for all accesses,
+            is left in a body that its region encloses, and would run again there or elsewhere in
+            the region.
     """
     sites: Counter[tuple[str, str]] = Counter()
     inside: list[tuple[MarkedEvaluation, bool]] = []
@@ -290,7 +300,7 @@ def check_regions(levels: list[Level]) -> None:
     for evaluation, repeated in inside:
         if repeated or sites[evaluation.shared_by] > 1:
             site = owner(evaluation.nodes[0])
-            raise RuntimeError(
+            raise RegionRefusedError(
                 "fxparam.cached() around a loop or branch that is compiled shares an evaluation "
                 "with effects only where they can be moved in front of it.\n"
                 f"required: {site[1] if site else 'the tensor'} is read before the loop or branch "
