@@ -17,7 +17,7 @@ https://github.com/pytorch/pytorch/issues/153679. ``tests/graph/torch_bugs/test_
 shows it.
 
 What we do: a graph with bodies is compiled without donated buffers, so that nothing which forward
-saved is overwritten. That costs memory in backward, so it is done before 2.15 alone.
+saved is overwritten. That costs memory in backward, so it is done only before 2.15.
 """
 
 from __future__ import annotations

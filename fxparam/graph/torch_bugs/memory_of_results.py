@@ -12,7 +12,7 @@
 Inductor takes each result of a body for memory of its own, and uses it for other values once it has
 no more readers. Where a body returns an operand, a view of one, or one tensor twice, that memory
 belongs to something else as well, which is overwritten. The gradients are wrong altogether, without
-an error. Programs may not have such bodies, but torch makes them:
+an error. torch refuses programs that have such bodies, but makes them itself:
 
 - In the backward of ``scan``, an operand without a gradient has a carry of zeros, which each step
   passes on.

@@ -171,6 +171,28 @@ def inductor_drops_an_added_zero() -> bool:
     return _signs(lambda x: (x + 0.0,), "inductor", -0.0)
 
 
+def _share_memory(program: Callable[[Tensor], tuple[Tensor, ...]]) -> bool:
+    """Return whether an input and compiled results share memory; in eager code they do not."""
+    given = torch.randn(4)
+    for run in (program, torch.compile(program, backend="inductor")):
+        tensors = (given, *run(given))
+        shared = len({t.data_ptr() for t in tensors}) < len(tensors)
+        assert not (shared and run is program)
+    return shared
+
+
+def inductor_returns_its_input() -> bool:
+    return _share_memory(lambda x: (x * 1.0, x.sin()))
+
+
+def inductor_returns_one_tensor_for_two_copies() -> bool:
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.sin()
+        return x.clone(), x.clone()
+
+    return _share_memory(program)
+
+
 def inputs_that_share_memory_later() -> bool:
     def program(x: Tensor, y: Tensor) -> Tensor:
         x.mul_(2)
@@ -241,6 +263,8 @@ def cached_around_a_reentrant_checkpoint() -> bool:
         (cse_of_autograd_takes_zeros_for_equal, torch_alone.OLDEST, "2.15"),
         (cse_of_fx_takes_zeros_for_equal, torch_alone.OLDEST, None),
         (inductor_drops_an_added_zero, "2.15", None),
+        (inductor_returns_its_input, "2.15", None),
+        (inductor_returns_one_tensor_for_two_copies, torch_alone.OLDEST, None),
         (inputs_that_share_memory_later, torch_alone.OLDEST, None),
         (cached_around_a_checkpoint, torch_alone.OLDEST, None),
         (cached_around_a_checkpoint_with_other_shapes, torch_alone.OLDEST, None),
