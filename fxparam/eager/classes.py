@@ -155,12 +155,7 @@ def _property(original: type, name: str) -> property:
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
-        try:
-            if torch.compiler.is_dynamo_compiling():
-                return reading.present().traced_value(chain)
-            return reading.present().value(chain)
-        except AttributeError as error:
-            raise EvaluationError(self, name, error) from error
+        return _read(self, name, chain)
 
     def set_original(self: Module, value: Tensor) -> None:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -176,6 +171,21 @@ def _property(original: type, name: str) -> property:
 
     get_parametrized._fxparam_property = True  # type: ignore[attr-defined]
     return property(get_parametrized, set_original)
+
+
+def _read(module: Module, name: str, chain: Module) -> Tensor:
+    """Return the value of a parametrized tensor, as the present reading gives it.
+
+    Raises:
+        EvaluationError: if a parametrization raises an AttributeError.
+    """
+    # Apart from the property: torch.jit.script, which is to be refused there, parses no ``try``.
+    try:
+        if torch.compiler.is_dynamo_compiling():
+            return reading.present().traced_value(chain)
+        return reading.present().value(chain)
+    except AttributeError as error:
+        raise EvaluationError(module, name, error) from error
 
 
 def _is_ours(attribute: object) -> bool:

@@ -31,6 +31,8 @@ def reset_parameters(module: Module, reset: Callable[[], Any]) -> Any:
         RuntimeError: if a parametrization has no ``right_inverse``. Nothing is changed then.
     """
     chains: Any = module._modules.get("parametrizations") or {}
+    if not chains:  # none yet: the class is being instantiated
+        return reset()
     lacking = [name for name, chain in chains.items() if not _has_inverses(chain)]
     if lacking:
         raise RuntimeError(
