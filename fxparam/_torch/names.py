@@ -224,6 +224,8 @@ def unbacked_symbols(value: object) -> set[Any]:
     """Return the symbols in the sizes and numbers of a value that only data decide."""
     found: set[Any] = set()
     for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        sizes = leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,)
+        # Most sizes are numbers, of which torch need not be asked.
+        if any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes):
             found |= _unbacked(leaf)
     return found
