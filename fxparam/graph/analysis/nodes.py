@@ -56,6 +56,8 @@ def meta_with(node: Node, value: Any) -> dict[str, Any]:
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in a value, however nested, in order."""
+    if isinstance(value, torch.Tensor):  # as nearly all are
+        return [value]
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
