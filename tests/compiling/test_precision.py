@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxparam
 from fxparam.graph import Rule
@@ -41,8 +42,7 @@ def _gradient(layer: nn.Module, xs: Tensor, scale: float, backend: Any) -> Tenso
     def loss(xs: Tensor) -> Tensor:
         return torch.stack([layer(x).float().sum() for x in xs]).sum()
 
-    twin = layer
-    twin.zero_grad()
+    layer.zero_grad()
     run = loss if backend is None else torch.compile(loss, backend=backend)
     (run(xs) * scale).backward()
     gradient: Any = layer.parametrizations.weight.original.grad  # type: ignore[union-attr]
@@ -65,6 +65,39 @@ def test_a_sum_of_gradients_is_as_precise_as_the_original(
     assert helpers.counted(lambda: _gradient(layer, xs, scale, fx)) == (1, 1)
     (entry,) = fx.last_report.entries  # type: ignore[union-attr]
     assert {refusal.rule for refusal in entry.refused} == {Rule.REDUCED}
+
+
+def _sum(layer: nn.Module, xs: Tensor) -> Tensor:
+    return torch.stack([layer(xs[i]).float().sum() for i in range(len(xs))]).sum()
+
+
+@torch.compiler.nested_compile_region
+def _region(layer: nn.Module, xs: Tensor) -> Tensor:
+    return _sum(layer, xs)
+
+
+def _checkpointed(layer: nn.Module, xs: Tensor) -> Tensor:
+    return checkpoint(_sum, layer, xs, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("body", [_checkpointed, _region])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_so_is_one_over_the_readers_in_a_body(body: Any, calls: int) -> None:
+    layer = _layer(helpers.Counting(), _Cast(torch.float16))
+    xs = torch.rand(16, 4, 8).to(torch.float16)
+
+    def loss(xs: Tensor) -> Tensor:
+        parts = [body(layer, part) for part in xs.chunk(calls)]
+        return torch.stack(parts).sum() * 4096
+
+    gradients = []
+    for run in (loss, torch.compile(loss, backend=fxparam.backend("aot_eager"), fullgraph=True)):
+        layer.zero_grad()
+        run(xs).backward()
+        original: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+        gradients.append(original.grad.clone())
+    assert torch.isfinite(gradients[0]).all()
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_what_is_computed_in_reduced_precision_on_the_way_is_shared() -> None:
@@ -122,3 +155,16 @@ def test_sizes_that_data_decide(select: Callable[[Tensor], Tensor], which: int) 
     with torch.no_grad(), torch._dynamo.config.patch(settings):
         compiled = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)
         torch.testing.assert_close(compiled(x), run(x))
+
+
+def test_a_selection_alone_reads_the_shared_value() -> None:
+    layer = _layer(helpers.Counting())
+
+    def run(x: Tensor) -> Tensor:
+        return (x @ layer.weight).sum() + layer.weight[layer.weight > 0].sum()
+
+    x = torch.ones(2, 8)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, backend=fxparam.backend("aot_eager"), fullgraph=True)
+        torch.testing.assert_close(compiled(x), run(x))
+        assert helpers.counted(lambda: compiled(x))[0] == 1

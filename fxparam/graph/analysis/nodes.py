@@ -1,4 +1,4 @@
-"""What a node says of itself: its example value, the attribute it names, where it was traced.
+"""Read off a node: its example value, the attribute it names, where it was traced.
 
 Where a node was traced stands in ``meta["nn_module_stack"]``, where Dynamo and export record the
 modules around it. Names come from there. They are for people (the report) and for telling a
@@ -62,7 +62,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def attribute_of(gm: GraphModule, node: Node) -> Any:
-    """What a ``get_attr`` node names."""
+    """Return the object that a ``get_attr`` node names."""
     return operator.attrgetter(str(node.target))(gm)
 
 
@@ -74,8 +74,11 @@ def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
 
 def has_new_sizes(node: Node) -> bool:
     """Check whether data decide a number or a size in a node's value, which no input of it has."""
+    own = unbacked_symbols(value_of(node))
+    if not own:
+        return False
     known = set().union(*(unbacked_symbols(value_of(n)) for n in node.all_input_nodes))
-    return not unbacked_symbols(value_of(node)) <= known
+    return not own <= known
 
 
 def ancestors(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda _: True) -> set[Node]:

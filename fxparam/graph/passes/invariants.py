@@ -18,9 +18,11 @@ from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.gradients import reached_by_gradients
 from fxparam.graph.analysis.nesting import Context, Level, is_run_again
 from fxparam.graph.analysis.nodes import ancestors, value_of
+from fxparam.graph.analysis.precision import narrowed
 from fxparam.graph.passes.sites import Candidates, Sites
 from fxparam.graph.rules import (
     Rule,
+    do_readers_sum_in_reduced_precision,
     has_a_gradient_on_every_path,
     is_its_gradient_summed_in_reduced_precision,
     is_too_large,
@@ -43,7 +45,7 @@ def invariants_of(
         refusals: takes the nodes that may not, and why.
     """
     reached = (reached_by_gradients(level.gm.graph, table) for table in level.tables)
-    found = Candidates(level, differentiated=set().union(*reached))
+    found = Candidates(level, differentiated=set().union(*reached), narrow=narrowed(level.gm))
     varying = len(level.live[0].call.varying)
     placeholders = [node for node in level.gm.graph.nodes if node.op == "placeholder"]
     found.invariant = set(placeholders[varying:])
@@ -207,6 +209,9 @@ def _verdict(
         refused = _refusal_of_call(context, node, numbers[node], around, raises=node in raises)
         if refused is not None:
             return _Verdict(moves=False, refused=refused)
+    narrow = node in body.narrow and not is_for_a_region_around(node)  # whose readers share it
+    if do_readers_sum_in_reduced_precision(narrow=narrow, apart=True):
+        return _Verdict(moves=False, refused=Rule.REDUCED)
     if not _is_made_again(body, node, sites):
         return _Verdict(moves=False, refused=Rule.ONE_USE)
     if is_too_large(node, max_bytes):
@@ -256,7 +261,7 @@ def _is_made_again(body: Candidates, node: Node, sites: Mapping[Level, Sites]) -
 
 
 def _is_view(table: EffectTable, node: Node) -> bool:
-    """Whether the value shows memory of an input of its op, or of the op it is one result of."""
+    """Check whether the value shows memory of an input of the op that it is a result of."""
     op = node.args[0] if node.target is operator.getitem else node
     if not isinstance(op, Node) or isinstance(value_of(op), torch.Tensor):
         op = node

@@ -12,7 +12,7 @@ runs when the later one does.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -87,13 +87,19 @@ def _decide(level: Level, max_bytes: float) -> Sharing:
 
 
 def _keep_what_readers_need(level: Level, result: Sharing) -> None:
-    """Keep nodes that may be merged only together with those that read them."""
+    """Keep nodes that may be merged only together with those that read them.
+
+    torch remembers, on a mask, the size of what it selects: one mask gives one size. Two selections
+    that are not merged therefore have a mask each.
+    """
     narrow = narrowed(level.gm)
+    selections = {node for node in level.gm.graph.nodes if has_new_sizes(node)}
+    read = Counter(result.number[n] for node in selections for n in node.all_input_nodes)
     for node in reversed(level.gm.graph.nodes):
         if node not in result.merged:
-            if not result.merged.isdisjoint(node.all_input_nodes) and has_new_sizes(node):
-                # torch remembers, on a mask, the size of what it selects: one mask, one size.
-                result.merged.difference_update(node.all_input_nodes)
+            if node in selections:
+                masks = (n for n in node.all_input_nodes if read[result.number[n]] > 1)
+                result.merged.difference_update(masks)
             continue
         apart = any(user not in result.merged for user in node.users)
         if do_readers_sum_in_reduced_precision(narrow=node in narrow, apart=apart):

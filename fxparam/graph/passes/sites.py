@@ -33,6 +33,7 @@ class Candidates:
         invariant: placeholders and attributes that are the same in each run of the body.
         numbers: for each call of the body, the value number of each node in the graph around.
         differentiated: nodes of the body that a gradient may come back to.
+        narrow: nodes of the body with fewer bits than what they are computed from.
     """
 
     level: Level
@@ -41,6 +42,7 @@ class Candidates:
     invariant: set[Node] = field(default_factory=set)
     numbers: list[dict[Node, Hashable]] = field(default_factory=list)
     differentiated: set[Node] = field(default_factory=set)
+    narrow: frozenset[Node] = frozenset()
 
 
 class Sites:
@@ -122,7 +124,7 @@ class Sites:
 
 
 def _state(context: Context, node: Node) -> Hashable:
-    """What else two calls must have in common for a node to have one value in both."""
+    """Return a key for the modes and writes in front of a call, on which a value depends."""
     reads = context.inner[context.index].of[node].reads
     where = context.outer.position[context.call.node]
     return context.outer.of[context.call.node].modes, context.outer.writes(reads, before=where)
