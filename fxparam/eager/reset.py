@@ -6,12 +6,10 @@ to a value that is computed anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fxparam.eager.describe import first_names, kind_of
@@ -42,30 +40,22 @@ def reset_parameters(module: Module, reset: Callable[[], Any]) -> Any:
             "Implement it, or initialize the original tensors instead."
         )
     with unchanged_if_refused(module):
-        with _plain(module, list(chains)) as tensors:
-            result = reset()
-        for name, tensor in tensors.items():
-            setattr(module, name, tensor.detach())
+        with torch.no_grad():
+            plain = {name: Parameter(getattr(module, name).clone()) for name in chains}
+        submodules = dict(module._modules)
+        del module._modules["parametrizations"]
+        module._parameters.update(plain)
+        result = reset()
+        # The function may have bound other tensors to these names.
+        values = {name: module._parameters.pop(name) for name in plain}
+        now = dict(module._modules)
+        module._modules.clear()
+        module._modules.update({**submodules, **now})
+        for name, value in values.items():
+            setattr(module, name, value.detach())  # type: ignore[union-attr]
     return result
 
 
 def _has_inverses(chain: Any) -> bool:
     steps: Sequence[Module] = [step for key, step in chain._modules.items() if key.isdigit()]
     return all(hasattr(step, "right_inverse") for step in steps)
-
-
-@contextmanager
-def _plain(module: Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Let a module hold plain tensors in the place of its parametrized ones."""
-    chains = module._modules["parametrizations"]
-    with torch.no_grad():
-        tensors = {name: Parameter(getattr(module, name).clone()) for name in names}
-    del module._modules["parametrizations"]
-    before = dict(module._parameters)
-    module._parameters.update(tensors)
-    try:
-        yield dict(tensors)
-    finally:
-        module._parameters.clear()
-        module._parameters.update(before)
-        module._modules["parametrizations"] = chains

@@ -95,3 +95,18 @@ def test_a_reset_that_raises_changes_nothing() -> None:
         layer.reset_parameters()
     assert list(layer.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_a_reset_may_bind_other_tensors_and_keeps_the_order_of_submodules() -> None:
+    class Rebinds(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight = nn.Parameter(torch.full((3, 3), 2.0))
+            self.bias = nn.Parameter(torch.full((3,), 5.0))
+
+    layer = fxparam.register_parametrization(Rebinds(3, 3), "weight", _Half())
+    layer.after = nn.Linear(1, 1)
+    names = [name for name, _ in layer.named_parameters()]
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.weight, torch.full((3, 3), 2.0))
+    torch.testing.assert_close(layer.bias, torch.full((3,), 5.0))
+    assert [name for name, _ in layer.named_parameters()] == names
