@@ -71,12 +71,12 @@ class Backend:
 
     @property
     def reads_marks(self) -> bool:
-        """Whether ``cached()`` is to mark the nodes that it traces, as the passes will run."""
+        """True if the passes will run, so that ``cached()`` is to mark the nodes it traces."""
         return not is_disabled() and (self._unshared is None or self._unshared != compilation())
 
     @property
     def last_report(self) -> Report | None:
-        """What the pass did to the graph compiled last, or None."""
+        """The report on the graph compiled last, or None."""
         return self.reports[-1] if self.reports else None
 
     def __call__(
@@ -93,8 +93,10 @@ class Backend:
         backend, over those given to :func:`backend`.
         """
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        compiled: Callable[..., Any]
         if not self.reads_marks:
-            return inner(gm, example_inputs)  # type: ignore[no-any-return]
+            compiled = inner(gm, example_inputs)
+            return compiled
         try:
             with named():
                 result, inner = self._share(gm, example_inputs, inner)
@@ -104,7 +106,7 @@ class Backend:
         if result.has_bodies:
             allow_scalar_outputs(gm)
         with keep_saved_tensors(has_bodies=result.has_bodies):
-            compiled: Callable[..., Any] = inner(gm, example_inputs)
+            compiled = inner(gm, example_inputs)
         return compiled
 
     def _share(

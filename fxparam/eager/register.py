@@ -9,15 +9,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import Module, ModuleDict, Parameter
 
-from fxparam.eager import checks, reading
+from fxparam.eager import checks
 from fxparam.eager.classes import chain_of, chains_of, make_class, original_class
 from fxparam.eager.describe import first_names, kind_of, spelled
-from fxparam.eager.originals import Writes, register
+from fxparam.eager.originals import register
 from fxparam.eager.parametrization_list import ParametrizationList
+from fxparam.eager.plain import plain_tensor
 from fxparam.eager.rollback import unchanged_if_refused
 from fxparam.eager.transfer import transferred
 
@@ -167,7 +167,7 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
             f"asked for: {spelled(tensor_name)}"
         )
     with unchanged_if_refused(chain):
-        plain = _plain_tensor(module, tensor_name, chain, leave_parametrized)
+        plain = plain_tensor(module, tensor_name, chain, leave_parametrized)
     cls = _class_without(module, tensor_name)
     chains: Any = chains_of(module)
     del chains[tensor_name]
@@ -299,78 +299,3 @@ def _restore(module: Module, name: str, tensor: Tensor) -> None:
         store[name] = tensor
     else:
         register(module, name, tensor)
-
-
-def _plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
-    """Return the tensor that takes the place of a parametrized one, with its value written to it.
-
-    Raises:
-        ValueError, RuntimeError: as :func:`remove_parametrizations` says.
-    """
-    if not leave_parametrized and not chain.is_tensor:
-        raise ValueError(
-            "Cannot leave unparametrized (`leave_parametrized=False`) a tensor that is "
-            "parametrized in terms of a sequence of tensors.\n"
-            f"required: one original\nfound: {chain.ntensors} originals"
-        )
-    target = _deepest_original(chain)
-    if target is None:
-        return _new_plain_tensor(module, name, chain, leave_parametrized)
-    if not leave_parametrized and chain_of(chain, "original") is None:
-        return target
-    with torch.no_grad():
-        value = getattr(module, name) if leave_parametrized else chain.original
-        if reading.present().is_shared():
-            value = value.clone()
-    _store(target, value)
-    return target
-
-
-def _store(target: Tensor, value: Tensor) -> None:
-    """Write the value of a parametrized tensor to its original, which stays.
-
-    Raises:
-        RuntimeError: if torch cannot; the message says what to do instead.
-    """
-    writes = Writes()
-    writes.plan(target, value)
-    try:
-        writes.commit()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "remove_parametrizations(leave_parametrized=True) stores the present value in the "
-            "original tensor.\n"
-            f"original: {type(target).__name__} of dtype {target.dtype}\n"
-            f"value: {type(value).__name__} of dtype {value.dtype}\n"
-            f"{error}\n"
-            "Use leave_parametrized=False. Where Tensor.set_ is what fails, there is also "
-            "torch.__future__.set_swap_module_params_on_conversion(True); swapping in turn needs "
-            "that no autograd graph holds the original."
-        ) from error
-
-
-def _new_plain_tensor(module: Module, name: str, chain: Any, leave_parametrized: bool) -> Tensor:
-    """Return a new tensor with the value of a parametrized one that has several originals."""
-    value: Tensor
-    with torch.enable_grad():  # whether it requires a gradient does not depend on the caller's mode
-        value = getattr(module, name) if leave_parametrized else chain.original
-    if reading.present().is_shared():
-        value = value.clone()
-    if value.requires_grad or any(isinstance(o, Parameter) for o in _stored_originals(chain)):
-        return Parameter(value.detach(), requires_grad=value.requires_grad)
-    return value
-
-
-def _stored_originals(chain: Any) -> list[object]:
-    return [chain._parameters.get(f"original{i}") for i in range(chain.ntensors)]
-
-
-def _deepest_original(chain: Any) -> Tensor | None:
-    """Return the stored tensor below ``chain`` and nested ones; None if there are several."""
-    while chain.is_tensor:
-        nested = chain_of(chain, "original")
-        if nested is None:
-            stored: Tensor = chain.original
-            return stored
-        chain = nested
-    return None

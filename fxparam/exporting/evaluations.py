@@ -142,7 +142,7 @@ def _runs_a_body(gm: GraphModule, node: Node) -> bool:
 def values_of(
     gm: GraphModule, mutations: Mapping[str, str]
 ) -> tuple[dict[Node, str], dict[Node, str], list[Node]]:
-    """What has to be evaluated now.
+    """Return the nodes that have to be evaluated now.
 
     Args:
         gm: the graph of the program.

@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What one pass over one graph did.
+    """The doings of one pass over one graph.
 
     Attributes:
         entries: one per parametrized tensor that the graph names, and per other computed value that

@@ -114,7 +114,7 @@ def _is_additive_step(
 
 
 def _is_continuous(node: Node) -> bool:
-    """Whether every tensor in the value has a dtype of a gradient: a cast to another rounds."""
+    """Check whether every tensor in the value has a dtype that a gradient may have."""
     tensors = tensors_in(value_of(node))
     return bool(tensors) and all(t.is_floating_point() or t.is_complex() for t in tensors)
 

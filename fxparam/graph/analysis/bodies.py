@@ -120,7 +120,7 @@ class Call:
 
 
 def call_of(gm: GraphModule, node: Node) -> Call | None:
-    """What a node runs; None if it is no higher-order op or not one of those understood."""
+    """Return the call that a node is; None if it is no higher-order op that is understood."""
     name = getattr(node.target, "__name__", "")
     layout = _LAYOUTS.get(name)
     if layout is None or not isinstance(node.target, HigherOrderOperator):

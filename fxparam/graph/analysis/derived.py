@@ -43,7 +43,7 @@ def is_parameter(node: Node) -> bool:
 
 
 def derive(gm: GraphModule, inputs: Iterable[Node]) -> Derived:
-    """What follows from ``inputs``, the placeholders that are parameter-derived."""
+    """Return the nodes that follow from the placeholders that are parameter-derived."""
     nodes = set(inputs)
     constants: set[Node] = set()
     found: set[Node] = set()

@@ -19,7 +19,7 @@ __all__ = ["EffectTable", "Effects"]
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What one node does.
+    """The effects of one node.
 
     Attributes:
         reads: storages of its tensor arguments.

@@ -55,7 +55,7 @@ def analyze(
 
 
 class _Numbers:
-    """What the analyses of a graph and of its bodies share: one numbering of storages."""
+    """One numbering of storages, for the analyses of a graph and of its bodies."""
 
     def __init__(self) -> None:
         self.fresh = itertools.count()
@@ -75,7 +75,7 @@ class _Numbers:
 
 
 class _Kind(enum.Enum):
-    """What a node is, as far as its effects are concerned."""
+    """Kinds of nodes, by how their effects are found."""
 
     INPUT = enum.auto()  # a placeholder or an attribute
     OUTPUT = enum.auto()

@@ -146,7 +146,7 @@ def _autocast_on_entry(device: str, now: bool) -> _Autocast:
 
 
 def _casts_to(state: _Autocast) -> Hashable:
-    """What an autocast does to an operation: nothing (None) while it is off."""
+    """Return the key of an autocast's casts; None while it is off."""
     enabled, dtype = state
     return None if enabled is False else (enabled, dtype)
 

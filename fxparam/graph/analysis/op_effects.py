@@ -103,7 +103,7 @@ class Ops:
         self._seen: dict[Hashable, OpEffects] = {}
 
     def effects(self, node: Node) -> OpEffects:
-        """What a node's op does; ``UNKNOWN`` for what cannot run on fakes."""
+        """Return the effects of a node's op; ``UNKNOWN`` if it cannot run on fakes."""
         try:
             picked = _picked(node)
             if picked is not None:
@@ -264,7 +264,7 @@ def _hint(size: Any) -> int:
 
 
 def _describe(leaf: Any) -> Hashable:
-    """What an op can know of an argument without reading data."""
+    """Return a key for all that an op can know of an argument without reading data."""
     if not isinstance(leaf, torch.Tensor):
         if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return ("sym", str(leaf), leaf.node.hint)

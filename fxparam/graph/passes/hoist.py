@@ -12,6 +12,7 @@ they are left.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch.fx import GraphModule, Node
 
@@ -35,7 +36,7 @@ __all__ = ["HoistResult", "hoist"]
 
 @dataclass(frozen=True)
 class HoistResult:
-    """What ``hoist`` returns.
+    """The result of ``hoist``.
 
     Attributes:
         graph_module: the same graph module, hoisted.
@@ -80,7 +81,7 @@ def hoist(
 
 @dataclass
 class _Account:
-    """What the rounds did, for the report.
+    """The doings of the rounds, counted for the report.
 
     Attributes:
         before: the evaluations of the graph as it was captured.
@@ -119,13 +120,13 @@ class _Rounds:
         self, gm: GraphModule, grad_enabled: bool | None, autocast_now: bool, max_bytes: float
     ) -> None:
         self._gm, self._max_bytes = gm, max_bytes
-        self._modes = {"grad_enabled": grad_enabled, "autocast_now": autocast_now}
+        self._analyze = partial(analyze, gm, grad_enabled=grad_enabled, autocast_now=autocast_now)
         self._levels = self._look()
         self._account = _Account(all_evaluations(self._levels))
 
     def _look(self) -> list[Level]:
         """Return every graph, with its effects as they are now."""
-        return levels_of(self._gm, analyze(self._gm, **self._modes))  # type: ignore[arg-type]
+        return levels_of(self._gm, self._analyze())
 
     def run_one(self) -> bool:
         """Share and move values once; check whether another round may find more."""

@@ -147,7 +147,7 @@ class _Run:
                 self.level.gm.graph.erase_node(node)
 
     def _now(self, node: Node) -> Node:
-        """What a node's value is taken from now."""
+        """Return the node that a node's value is taken from now."""
         while node in self.replaced:
             node = self.replaced[node]
         return node
@@ -246,7 +246,7 @@ def _happens_once(level: Level, node: Node) -> bool:
 
 
 def _key(gm: GraphModule, node: Node) -> Hashable:
-    """What a node computes of its inputs, whatever those are."""
+    """Return a key for the function that a node computes of its inputs."""
     return key_of(gm, node, {n: seat for seat, n in enumerate(node.all_input_nodes)})
 
 
@@ -334,7 +334,7 @@ def _is_used(table: EffectTable, nodes: Iterable[Node]) -> bool:
 
 
 def _leaves_a_trace(table: EffectTable, node: Node, given: frozenset[int]) -> bool:
-    """Whether a node of an evaluation draws, or writes to more than what the evaluation made."""
+    """Check whether a node draws, or writes to more than what its evaluation made."""
     rule = has_effects(table, node)
     if rule is not Rule.WRITES:
         return rule is not None

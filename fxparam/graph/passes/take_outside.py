@@ -60,7 +60,7 @@ class CannotTakeOut(Exception):
 
 
 def all_of(checks: Iterable[Callable[[], T]]) -> list[T]:
-    """What calls return, if each does.
+    """Return the results of calls, if each has one.
 
     Raises:
         CannotTakeOut: for all of those that raise it.
@@ -197,7 +197,7 @@ def _tables(table: EffectTable) -> Iterator[EffectTable]:
 
 
 def _may_go_on(tables: list[EffectTable], own: EffectTable, node: Node) -> bool:
-    """Whether to evaluate in the graph once more is no other program than to take the value."""
+    """Check whether evaluating in the graph again gives what taking the value gives."""
     effects = own.of[node]
     return (
         has_effects(own, node) is None
@@ -287,7 +287,7 @@ def _written(table: EffectTable, nodes: Iterable[Node]) -> frozenset[int]:
 
 
 def _check_order(table: EffectTable, found: list[_Found]) -> None:
-    """Whether the evaluations may all run before the rest of the graph, one after the other."""
+    """Raise unless the evaluations may run before the rest of the graph, one by one."""
     done: set[Node] = set()
     for each in found:
         done.update(each.nodes)
