@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz import campaign, mutate
+from tests.fuzz import campaign, mutate, themes
 from tests.fuzz.generate import generate
 from tests.fuzz.program import render
 
@@ -28,11 +28,20 @@ def main() -> int:
     parser.add_argument(
         "--predicates",
         action="store_true",
-        help="with --mutate: each predicate of a rule by itself",
+        help="with --mutate: each predicate of a rule by itself, and each fix",
     )
     parser.add_argument("--rule", default="", help="with --mutate: only what starts so")
     parser.add_argument("--save", type=Path, help="a folder for the scripts of what failed")
+    parser.add_argument(
+        "--with",
+        dest="gated",
+        action="append",
+        default=[],
+        choices=themes.GATED,
+        help="what is switched off as long as it fails",
+    )
     options = parser.parse_args()
+    themes.SWITCHED_ON.update(options.gated)
     torch.set_num_threads(1)
     # What torch fails at is counted; its log would drown the progress.
     torch._logging.set_logs(all=logging.CRITICAL)
@@ -67,11 +76,11 @@ def _report(source: str, seed: int, options: argparse.Namespace) -> None:
 
 def _mutate(options: argparse.Namespace) -> int:
     missed = 0
-    for rule in mutate.PREDICATES if options.predicates else mutate.RULES:
+    for rule in (*mutate.PREDICATES, *mutate.FIXES) if options.predicates else mutate.RULES:
         if not rule.startswith(options.rule):
             continue
         begin = time.monotonic()
-        ran, program = mutate.programs_until_noticed(rule, limit=options.n, start=options.start)
+        ran, program = mutate.programs_until_noticed(rule, limit=options.n, start=options.start, inner=options.inner)
         seen = f"noticed by seed {program.seed}" if program else "NOT noticed"
         seconds = time.monotonic() - begin
         print(f"rule {rule}: {seen}, after {ran} programs, {seconds:.0f} s", flush=True)

@@ -9,11 +9,19 @@ says where it may stand: bodies of higher-order ops may write and show nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from random import Random
 
 from tests.fuzz.program import Block, Holder, Line, Statement
 
+#: Holders that only statements of their own read.
+APART = ("singular", "narrow", "recurrent")
+# Statements that are one to torch, in what it can and cannot do.
+_LOOPS = {"scan", "map", "narrow scan"}
+_REGIONS = {"region", "region of many calls"}
+_BRANCHES = {"cond", "switch"}
+HIGHER_ORDER = {*_LOOPS, *_REGIONS, *_BRANCHES, "while_loop"}
 _IMPURE = {"DropoutMask", "Counter", "Iterated", "spectral_norm", "Normalized", "WorksInPlace"}
 
 
@@ -25,11 +33,28 @@ class Writer:
     """Writes one program's statements."""
 
     def __init__(
-        self, rng: Random, holders: tuple[Holder, ...], *, dtype: str, grad: bool, inner: str
+        self,
+        rng: Random,
+        holders: tuple[Holder, ...],
+        *,
+        dtype: str,
+        grad: bool,
+        inner: str,
+        weights: Mapping[str, int] | None = None,
+        allows: Callable[[str], bool] = lambda kind: True,
+        most: Mapping[str, int] | None = None,
     ) -> None:
+        """Args:
+        weights: how often the statements of a theme are written.
+        allows: says of each other kind of statement whether it may be written.
+        most: how many statements of a kind there may be.
+        """
         self.rng, self.dtype, self.grad, self.inner = rng, dtype, grad, inner
-        self.holders = tuple(h for h in holders if h.name != "singular")
-        self.singular = len(self.holders) < len(holders)
+        self.holders = tuple(h for h in holders if h.name not in APART)
+        self.apart = {h.name: h for h in holders if h.name in APART}
+        self.singular = "singular" in self.apart
+        self.weights, self.allows, self.most = weights or {}, allows, most or {}
+        self.written: Counter[str] = Counter()
         self.pure = [h for h in self.holders if not self._is_impure(h)]
         self.solves = any(link.kind == "cayley" for h in holders for link in h.chain)
         self.names: list[str] = []  # variables that hold a value, in scope
@@ -53,6 +78,8 @@ class Writer:
 
     def _statement(self) -> Statement:
         table = _IN_BODY if self.in_body else _ANYWHERE
+        table = {kind: weight for kind, weight in table.items() if self.allows(kind)}
+        table = {**table, **{k: w for k, w in self.weights.items() if self.may_stand_here(k)}}
         if self.depth >= 2:
             table = {kind: weight for kind, weight in table.items() if kind not in _BLOCKS}
         barred = self._barred()
@@ -60,21 +87,27 @@ class Writer:
         if self.singular and self.rng.random() < 0.2:  # what may not run, in a body that doesn't
             table = {k: w for k, w in table.items() if k in ("cond", "while_loop")} or table
         kind = self.rng.choices(list(table), list(table.values()))[0]
+        self.written[kind] += 1
         return _WRITE[kind](self, kind)
+
+    def may_stand_here(self, kind: str) -> bool:
+        """Whether a statement of a theme may; some show a result, which a body does not."""
+        return not self.in_body or kind in _STAND_IN_BODIES
 
     def _barred(self) -> set[str]:
         """What torch cannot do here, whoever compiles."""
-        barred = {"while_loop"} if self.grad else set()
+        barred = {kind for kind, most in self.most.items() if self.written[kind] >= most}
+        barred |= {"while_loop"} if self.grad else set()
         if self.in_checkpoint or (self.grad and self.inner == "eager") or not self.pure:
-            barred |= {"scan", "cond", "map", "while_loop", "region"}
+            barred |= HIGHER_ORDER
         if self.in_body and self.grad:  # nested, these take seconds to differentiate
-            barred |= {"scan", "cond", "map", "region"}
+            barred |= {*_LOOPS, *_REGIONS, *_BRANCHES}
         if self.dtype == "complex64" and self.grad:
-            barred |= {"scan", "map"}
+            barred |= _LOOPS
         if self.solves and self.grad:
             # Its check for singular matrices is an effect: torch 2.13 cannot train a `cond` with
             # one, and loses the gradient of a region with one.
-            barred |= {"cond", "region"}
+            barred |= {*_REGIONS, *_BRANCHES}
         return barred
 
     def name(self, stem: str) -> str:
@@ -117,6 +150,21 @@ _WRITE: dict[str, Maker] = {}
 _ANYWHERE: dict[str, int] = {}
 _IN_BODY: dict[str, int] = {}
 _BLOCKS: set[str] = set()
+_STAND_IN_BODIES: set[str] = set()
+
+
+def of_a_theme(
+    name: str, *, in_body: bool = False, block: bool = False
+) -> Callable[[Maker], Maker]:
+    """Register how to write a kind of statement that only programs about a theme have."""
+
+    def register(make: Maker) -> Maker:
+        _WRITE[name] = make
+        _STAND_IN_BODIES.update({name} if in_body else ())
+        _BLOCKS.update({name} if block else ())
+        return make
+
+    return register
 
 
 def _kind(

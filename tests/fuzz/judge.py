@@ -34,12 +34,14 @@ from tests.fuzz.run import (
     load,
     saving_all,
     without_checkpoints,
+    without_what_is_mended,
 )
 
 _TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
     torch.complex64: 1e-3,
+    torch.float16: 1e-2,
     torch.bfloat16: 1e-1,
 }
 
@@ -50,7 +52,7 @@ class Verdict(enum.Enum):
     TORCH = "torch's own mismatch"
     CHECKPOINT = "eager's own (recomputed from what was written since)"
     PARTITION = "aot_eager's own (recomputed from what was written since)"
-    REFUSED = "refused by name: cached() around a body"
+    REFUSED = "refused by name: cached() around a body, or a model that is not traced"
     UNABLE = "skipped: torch cannot compile it either"
     INVALID = "skipped: raises in eager"
 
@@ -106,14 +108,17 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
     expected = in_eager(script)
     if expected.error is not None:
         return Judgement(Verdict.INVALID, {"raises": repr(expected.error)})
-    expected.autocast = script.AUTOCAST
+    expected.autocast, expected.tolerance = script.AUTOCAST, script.TOLERANCE
     actual = by_fxparam(script, inner)
     found = differences(expected, actual)
     if not found:
         return Judgement(Verdict.SAME, merged=actual.merged)
-    if "fxparam.cached() around" in str(actual.error):
+    if _is_refused(script, actual.error):
         return Judgement(Verdict.REFUSED, found, actual.merged)
-    plain = by_torch(script, inner)
+    if script.CAPTURE != "compile":
+        return Judgement(Verdict.MISMATCH, found, actual.merged)
+    with without_what_is_mended(script) as mended:
+        plain = by_torch(script, inner)
     by_plain = differences(expected, plain)
     if plain.error is not None and actual.error is not None:
         alike = type(plain.error) is type(actual.error) or not _is_ours(actual.error)
@@ -122,9 +127,19 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
         verdict = Verdict.TORCH
     elif plain.error is not None and all(_is_zero_for_none(expected, actual, k) for k in found):
         verdict = Verdict.TORCH  # as ``cond`` does for the branch that is not taken
+    elif mended:
+        verdict = Verdict.MISMATCH
     else:
         verdict = _excuse(script, inner, expected, actual)
     return Judgement(verdict, found, actual.merged)
+
+
+def _is_refused(script: ModuleType, error: BaseException | None) -> bool:
+    """Whether the error says that this is not done, and what to do instead."""
+    named = ["fxparam.cached() around"]
+    if script.CAPTURE != "compile":
+        named += ["cannot be traced symbolically", "Explanation: Dynamo does not support"]
+    return any(words in str(error) for words in named)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -138,7 +153,7 @@ def _is_ours(error: BaseException) -> bool:
 def _excuse(script: ModuleType, inner: str, expected: Record, actual: Record) -> Verdict:
     """A difference that plain torch does not show: one of the two known reasons, or a mismatch."""
     straight = without_checkpoints(script)
-    straight.autocast = expected.autocast
+    straight.autocast, straight.tolerance = expected.autocast, expected.tolerance
     if not differences(straight, actual):
         return Verdict.CHECKPOINT
     if inner == "aot_eager" and actual.error is None:
@@ -173,8 +188,11 @@ def _is_zero_for_none(expected: Record, actual: Record, label: str) -> bool:
 def _tolerance(record: Record) -> float:
     """The least precise dtype decides for all: values flow from one into another.
 
-    Autocast computes in bfloat16 what it is given in float32, and says so nowhere.
+    Autocast computes in bfloat16 what it is given in float32, and says so nowhere. A program about
+    the precision of gradients names a tolerance of its own.
     """
+    if record.tolerance is not None:
+        return record.tolerance
     dtypes = {value.dtype for value in record.seen.values() if isinstance(value, Tensor)}
     if record.autocast and torch.float32 in dtypes:
         dtypes.add(torch.bfloat16)

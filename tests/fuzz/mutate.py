@@ -17,6 +17,7 @@ from fxparam.graph import hoist as _hoist  # noqa: F401  imports every pass
 from tests.fuzz import campaign
 from tests.fuzz.judge import Verdict, judge
 from tests.fuzz.program import Program
+from tests.fuzz.themes import seeds_of
 
 
 def _literals_without_type(value: Any) -> Any:
@@ -56,6 +57,16 @@ PREDICATES: dict[str, tuple[str, str, Mutation]] = {
     "1: the same original": ("_key", _NUMBERING, _any_original),
     "1: one backward for all": ("has_one_backward_for_all", _EVERYWHERE, _always(True)),
     "1: gradients taken in the graph": ("may_a_gradient_be_taken", _EVERYWHERE, _always(False)),
+    "1: readers in reduced precision": (
+        "do_readers_sum_in_reduced_precision",
+        _EVERYWHERE,
+        _always(False),
+    ),
+    "1: steps of a loop in reduced precision": (
+        "is_its_gradient_summed_in_reduced_precision",
+        _EVERYWHERE,
+        _always(False),
+    ),
     "2: an original written between": ("is_an_input_written_between", _EVERYWHERE, _always(False)),
     "2: an original written in a body": ("is_an_input_written_inside", _EVERYWHERE, _always(False)),
     "2: an original written around the call": (
@@ -75,6 +86,36 @@ PREDICATES: dict[str, tuple[str, str, Mutation]] = {
 }
 
 
+_SHARE, _INVARIANTS = "fxparam.graph.passes.share", "fxparam.graph.passes.invariants"
+_HOIST = "fxparam.graph.passes.hoist"
+
+#: The same for what is no predicate of a rule by itself.
+FIXES: dict[str, tuple[str, str, Mutation]] = {
+    "narrow: values in fewer bits": ("narrowed", _EVERYWHERE, _always(frozenset())),
+    "narrow: in one graph": ("narrowed", _SHARE, _always(frozenset())),
+    "narrow: in a body": ("narrowed", _INVARIANTS, _always(frozenset())),
+    "sizes: that data decide": ("has_new_sizes", _SHARE, _always(False)),
+    "regions: operands that share memory": ("copy_aliases", _HOIST, _always(set())),
+    "general: gradients of branches laid out alike": (
+        "lay_gradients_out_alike",
+        _EVERYWHERE,
+        _always(None),
+    ),
+    "overwritten: what is read is saved": (
+        "save_reads_of_overwritten_inputs",
+        "fxparam.compiling.backend",
+        _always(None),
+    ),
+}
+
+#: The theme whose programs notice; all programs do, where none is named.
+THEMES = {
+    "1: readers in reduced precision": "narrow",
+    "1: steps of a loop in reduced precision": "narrow",
+    **{name: name.partition(":")[0] for name in FIXES if not name.startswith("general")},
+}
+
+
 #: The six rules, each with all its predicates.
 RULES = tuple(sorted({name.partition(":")[0] for name in PREDICATES}))
 
@@ -87,7 +128,7 @@ def without(rule: str) -> Iterator[None]:
         LookupError: ``fxparam.graph`` has no such predicate.
     """
     with ExitStack() as stack:
-        for name in PREDICATES:
+        for name in (*PREDICATES, *FIXES):
             if name.startswith(rule):
                 stack.enter_context(_without(name))
         yield
@@ -95,7 +136,7 @@ def without(rule: str) -> Iterator[None]:
 
 @contextmanager
 def _without(predicate: str) -> Iterator[None]:
-    name, where, mutation = PREDICATES[predicate]
+    name, where, mutation = (PREDICATES | FIXES)[predicate]
     modules = [module for key, module in list(sys.modules.items()) if key.startswith(where)]
     found = [m for m in modules if callable(getattr(m, name, None))]
     if not found:
@@ -110,15 +151,20 @@ def _without(predicate: str) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def programs_until_noticed(rule: str, *, limit: int, start: int = 0) -> tuple[int, Program | None]:
+def programs_until_noticed(
+    rule: str, *, limit: int, start: int = 0, inner: str = ""
+) -> tuple[int, Program | None]:
     """How many programs ran until one gave a mismatch that it does not give with the rule."""
-    seeds = itertools.count(start)
+    theme = THEMES.get(rule)
+    seeds = seeds_of(theme, start) if theme else itertools.count(start)
     ran = 0
     while ran < limit:
         seed = next(seeds)
         with without(rule):
-            program, judgement, _ = next(campaign.run([seed]))
+            program, judgement, _ = next(campaign.run([seed], inner=inner))
         ran += judgement.verdict is not Verdict.INVALID
-        if judgement.verdict is Verdict.MISMATCH and judge(program).verdict is not Verdict.MISMATCH:
+        if judgement.verdict is not Verdict.MISMATCH:
+            continue
+        if judge(program, inner=inner).verdict is not Verdict.MISMATCH:
             return ran, program
     return ran, None

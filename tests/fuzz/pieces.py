@@ -28,6 +28,20 @@ class Cell(nn.Module):
         return squash(h @ self.weight)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer of PyTorch, whose weights are parametrized one by one."""
+
+    def __init__(self, kind: str, like: Tensor) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(len(like), len(like), dtype=like.dtype)
+
+    def forward(self, h: Tensor) -> Tensor:
+        result = self.layer(h)
+        while isinstance(result, tuple):
+            result = result[0]
+        return result
+
+
 class Computed(nn.Module):
     """A weight computed by a property: no ``parametrize`` anywhere."""
 
@@ -183,6 +197,53 @@ class Bounded(nn.Module):
         return self.BoundGradient.apply(x)
 
 
+class ToHalf(nn.Module):
+    """The value has fewer bits than its original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.float16)
+
+
+class ToBrain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+
+class Rounded(nn.Module):
+    """Has fewer bits on the way, and as many as its original in the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.float16).to(x.dtype)
+
+
+class Drawn(nn.Module):
+    """Draws a mask, in the midst of what a partitioner may compute again in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x.sin(), 0.5, self.training).exp()
+
+
+class Phased(nn.Module):
+    """Saves for backward what is computed from a buffer, and not the buffer."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("phase", like.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * torch.cos(self.phase))
+
+
+class Overwritten(Phased):
+    """Overwrites the buffer once it has read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = super().forward(x)
+        with torch.no_grad():
+            self.phase.mul_(1.3)
+        return value
+
+
 class Product(nn.Module):
     """Two originals."""
 
@@ -237,6 +298,26 @@ class Normalized(nn.Module):
         return self.norm(x)
 
 
+#: Registered without the check of the value's dtype.
+CHANGES_THE_DTYPE = ("ToHalf", "ToBrain")
+
+
+class _Amplify(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return 0.001 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.scale * gradient, None
+
+
+def amplified(x: Tensor, scale: float) -> Tensor:
+    """Small values with large gradients, as where a loss is scaled."""
+    return _Amplify.apply(x, scale)
+
+
 # Control flow. Eager runs plain Python: torch's own operators compile themselves when called in
 # eager, and a reference should not.
 
@@ -267,6 +348,14 @@ def cond(which: Tensor, then: Callable[..., Any], other: Callable[..., Any], h: 
     if torch.compiler.is_compiling():
         return torch.cond(which, then, other, (h,))
     return then(h) if which else other(h)
+
+
+def switch(which: Tensor, branches: list[Callable[..., Any]], h: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.switch import switch as compiled
+
+        return compiled(which, branches, (h,))
+    return branches[int(which.clamp(0, len(branches) - 1))](h)
 
 
 def map_rows(row: Callable[..., Any], rows: Tensor) -> Tensor:

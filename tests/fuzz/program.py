@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from tests.fuzz import pieces
 
 
@@ -57,11 +59,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Holder:
-    """A module with one parametrized tensor, ``weight``.
+    """A module with one parametrized tensor, ``weight``, or a recurrent layer with several.
 
     Attributes:
         stored: "parameter" or "buffer".
         api: who registers: "torch", "fxparam", or "property" for a computed weight.
+        layer: the recurrent layer of PyTorch that the module is, if it is one.
         seed: of the original's values; equal seeds are equal, distinct tensors. Negative: zeros.
         tied_to: the holder whose original this one uses.
         same_as: the holder that this one is.
@@ -74,12 +77,24 @@ class Holder:
     seed: int = 0
     tied_to: str = ""
     same_as: str = ""
+    layer: str = ""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The parametrized tensors, as attributes of the holder."""
+        if not self.layer:
+            return ("weight",)
+        ending = "" if self.layer.endswith("Cell") else "_l0"
+        return tuple(f"layer.weight_{which}{ending}" for which in ("hh", "ih"))
 
     @property
     def originals(self) -> tuple[str, ...]:
         """As attributes of the holder."""
         if self.api == "property":
             return ("raw",)
+        if self.layer:
+            names = (tensor.removeprefix("layer.") for tensor in self.tensors)
+            return tuple(f"layer.parametrizations.{name}.original" for name in names)
         if not self.chain:
             return ("weight",)
         many = self.chain[0].kind in ("Product", "weight_norm")
@@ -97,6 +112,13 @@ class Program:
         grad: with gradients, or all under ``no_grad``.
         caller_writes: whether the caller writes to the returned tensors before backward.
         around: whether it is called twice, in an eager ``cached()`` region.
+        theme: what it is about, if it is no general program.
+        capture: how fxparam captures it: "compile", "trace" or "trace by Dynamo".
+        flags: those of Dynamo's that are on.
+        tolerance: how far numbers may differ, relative to the largest; None: as the dtypes say.
+        budget: of the memory that forward keeps for backward, the part that it may keep.
+        between: who writes to buffers between forward and backward: "eager code", "a graph",
+            or "data" for eager code that writes to ``tensor.data``.
     """
 
     seed: int
@@ -109,6 +131,12 @@ class Program:
     holders: tuple[Holder, ...]
     statements: tuple[Statement, ...]
     around: bool = False
+    theme: str = ""
+    capture: str = "compile"
+    flags: tuple[str, ...] = ()
+    tolerance: float | None = None
+    budget: float = 1.0
+    between: str = ""
 
 
 def walk(statements: tuple[Statement, ...]) -> Iterator[Statement]:
@@ -130,6 +158,11 @@ def ingredients(program: Program) -> set[str]:
         found.add("equal originals")
     found |= {program.dtype, f"inner: {program.inner}"}
     found |= {"training"} if program.training else {"evaluation"}
+    found |= {h.layer for h in program.holders if h.layer}
+    found |= {f"theme: {program.theme or 'none'}", f"capture: {program.capture}"}
+    found |= {f"flag: {flag}" for flag in program.flags}
+    found |= {"memory budget"} if program.budget < 1 else set()
+    found |= {f"written between by {program.between}"} if program.between else set()
     return found | {what for what in ("grad", "caller_writes") if getattr(program, what)}
 
 
@@ -145,11 +178,13 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import fxparam
-from tests.fuzz.pieces import cond, map_rows, region, scan, squash, while_loop
+from tests.fuzz.pieces import amplified, cond, map_rows, region, scan, squash, switch, while_loop
 
 SIZE, DTYPE = {size}, torch.{dtype}
 INNER, GRAD, CALLER_WRITES = "{inner}", {grad}, {caller_writes}
 AUTOCAST, AROUND = {autocast}, {around}
+CAPTURE, FLAGS, TOLERANCE = "{capture}", {flags}, {tolerance}
+BUDGET, BETWEEN = {budget}, "{between}"
 
 
 def values(seed: int) -> Tensor:
@@ -175,7 +210,8 @@ if __name__ == "__main__":
 def render(program: Program) -> str:
     """The script."""
     used = {link.kind for holder in program.holders for link in holder.chain}
-    used |= {"Computed" if h.api == "property" else "Cell" for h in program.holders}
+    used |= {_module(holder) for holder in program.holders}
+    used |= {base.__name__ for name in used for base in getattr(pieces, name, object).__mro__}
     parts = [_HEAD.format(**vars(program), autocast="autocast" in ingredients(program))]
     for name, piece in dict(vars(pieces)).items():  # Dynamo takes globals of its own out again
         if name in used:
@@ -217,11 +253,19 @@ def _construction(holder: Holder) -> Iterator[str]:
         links = "".join(f", {_link(link)}" for link in holder.chain)
         yield f"{me} = Computed({made}{links})"
     else:
-        yield f"{me} = Cell({made})"
-        for link in holder.chain:
-            yield _registration(holder, link)
+        made = f'"{holder.layer}", values({holder.seed})' if holder.layer else made
+        yield f"{me} = {_module(holder)}({made})"
+        for tensor in holder.tensors:
+            for link in holder.chain:
+                yield _registration(holder, tensor, link)
     if holder.tied_to:
         yield f"{me}.{holder.originals[0]} = self.{holder.tied_to}"
+
+
+def _module(holder: Holder) -> str:
+    if holder.layer:
+        return "Recurrent"
+    return "Computed" if holder.api == "property" else "Cell"
 
 
 _OF_TORCH = {
@@ -232,8 +276,9 @@ _OF_TORCH = {
 }
 
 
-def _registration(holder: Holder, link: Link) -> str:
-    me = f"self.{holder.name}"
+def _registration(holder: Holder, tensor: str, link: Link) -> str:
+    *path, name = f"self.{holder.name}.{tensor}".split(".")
+    me = ".".join(path)
     if link.kind in _OF_TORCH:
         return _OF_TORCH[link.kind].format(me=me)
     register = (
@@ -241,11 +286,13 @@ def _registration(holder: Holder, link: Link) -> str:
         if holder.api == "fxparam"
         else "register_parametrization"
     )
-    return f'{register}({me}, "weight", {_link(link)})'
+    unsafe = ", unsafe=True" if link.kind in pieces.CHANGES_THE_DTYPE else ""
+    return f'{register}({me}, "{name}", {_link(link)}{unsafe})'
 
 
 def _link(link: Link) -> str:
     if link.of:
         return f"{link.kind}(self.{link.of})"
-    takes_values = "__init__" in vars(getattr(pieces, link.kind)) and link.kind != "Counter"
+    made = getattr(pieces, link.kind).__init__
+    takes_values = made is not nn.Module.__init__ and link.kind != "Counter"
     return f"{link.kind}({f'values({link.seed})' if takes_values else ''})"

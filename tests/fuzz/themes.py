@@ -1,0 +1,231 @@
+"""Programs about one thing, which general programs seldom meet.
+
+Every fourth seed is of a program about a theme, the themes in turn; the other seeds are general.
+
+What does not pass yet is switched off; ``--with budget``, or a name in ``SWITCHED_ON``, switches it
+on:
+
+``budget``     of the memory that forward keeps, backward may keep a part: it computes the rest again
+               (``fxparam/graph/torch_bugs/overwritten_inputs.py``)
+``between``    a buffer is written after forward and before backward
+``rounded``    a value has fewer bits on the way than its original and in the end
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+from tests.fuzz import themed_statements  # noqa: F401  registers them
+from tests.fuzz.grammar import HIGHER_ORDER, Writer
+from tests.fuzz.holders import barred_links, some_holders
+from tests.fuzz.program import Holder, Link, Program
+
+GATED = ("budget", "between", "rounded")
+#: Of these, what the programs have.
+SWITCHED_ON: set[str] = set()
+
+_EVERY = 4
+
+
+def theme_of(seed: int) -> str:
+    """The theme of a seed's program; none if it is general, or if the theme is off."""
+    turn, rest = divmod(seed, _EVERY)
+    if rest:
+        return ""
+    theme = list(_THEMES)[turn % len(_THEMES)]
+    return theme if _IS_ON.get(theme, lambda: True)() else ""
+
+
+def seeds_of(theme: str, start: int = 0) -> Iterator[int]:
+    """The seeds of the programs about a theme."""
+    round_ = _EVERY * len(_THEMES)
+    first = _EVERY * list(_THEMES).index(theme)
+    seed = start + (first - start) % round_
+    while True:
+        yield seed
+        seed += round_
+
+
+def themed(seed: int, theme: str) -> Program:
+    """The program of a seed, about a theme."""
+    return _THEMES[theme](seed, Random(f"{theme} {seed}"))
+
+
+def _narrow(seed: int, rng: Random) -> Program:
+    """Gradients in fewer bits than the originals; whatever else is in float32."""
+    links = ["Symmetric", "Softplus", "Scaled", "Quantised"]
+    kinds = rng.sample(links, rng.choice([1, 2]))
+    casts = ["ToHalf", "ToBrain", ""]
+    if "rounded" in SWITCHED_ON:
+        casts.append("Rounded")
+    cast = rng.choice(casts)
+    if cast:
+        kinds.insert(rng.choice([len(kinds), len(kinds), 0]), cast)
+    chain = tuple(Link(kind, rng.randrange(100)) for kind in kinds)
+    api = rng.choice(["torch", "fxparam", "property"])
+    holder = Holder("narrow", api=api, chain=chain, seed=rng.randrange(1000))
+    return _program(
+        seed,
+        rng,
+        "narrow",
+        dtype="float32",
+        grad=True,
+        inner=rng.choice(["eager", "aot_eager"]),
+        apart=holder,
+        weights={
+            "narrow reads": 40,
+            "narrow body": 25,
+            "narrow scan": 25,
+            "write to the narrow original": 3,
+        },
+        allows=lambda kind: kind != "autocast",
+        most={"narrow reads": 1, "narrow body": 1, "narrow scan": 1},
+        tolerance=1e-4,
+    )
+
+
+def _sizes(seed: int, rng: Random) -> Program:
+    return _program(
+        seed,
+        rng,
+        "sizes",
+        dtype=rng.choice(["float64", "float64", "float32"]),
+        grad=rng.random() < 0.5,
+        weights={"sizes that data decide": 80},
+        allows=lambda kind: kind not in HIGHER_ORDER,
+        flags=("capture_dynamic_output_shape_ops", "capture_scalar_outputs"),
+    )
+
+
+def _regions(seed: int, rng: Random) -> Program:
+    return _program(
+        seed,
+        rng,
+        "regions",
+        dtype="float64",
+        grad=rng.random() < 0.7,
+        inner="aot_eager",
+        weights={"region of many calls": 60},
+    )
+
+
+def _switch(seed: int, rng: Random) -> Program:
+    return _program(
+        seed, rng, "switch", dtype="float64", grad=rng.random() < 0.6, weights={"switch": 50}
+    )
+
+
+_LAYERS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+# What can be traced without running.
+_STRAIGHT = {"use", "call", "loop", "bind", "show", "read original"}
+
+
+def _recurrent(seed: int, rng: Random) -> Program:
+    links = ["Softplus", "Scaled", "WorksInPlace", "Quantised", "Bounded", "DropoutMask", "Counter"]
+    chain = tuple(Link(k, rng.randrange(100)) for k in rng.sample(links, rng.choice([1, 1, 2])))
+    layer, api = rng.choice(_LAYERS), rng.choice(["torch", "fxparam"])
+    capture = rng.choices(["compile", "trace", "trace by Dynamo"], [60, 15, 25])[0]
+    weights = {"recurrent layer": 60, "read a recurrent weight": 15}
+    if capture == "compile":
+        weights["write to a recurrent original"] = 8
+    return _program(
+        seed,
+        rng,
+        "recurrent",
+        dtype=rng.choice(["float64", "float32"]),
+        grad=rng.random() < 0.8,
+        apart=Holder("recurrent", api=api, chain=chain, seed=rng.randrange(1000), layer=layer),
+        weights=weights,
+        allows=lambda kind: capture == "compile" or kind in _STRAIGHT,
+        capture=capture,
+        flags=("allow_rnn",) if rng.random() < 0.75 else (),
+    )
+
+
+def _overwritten(seed: int, rng: Random) -> Program:
+    """What backward would compute again is drawn, or read from a buffer that is written since."""
+    budget = rng.choice([0.0, 0.2, 0.5]) if "budget" in SWITCHED_ON else 1.0
+    drawn = ["Drawn", "Overwritten"] if budget < 1 else []
+    what = rng.choice([*drawn, *["Phased"] * ("between" in SWITCHED_ON)])
+    between = rng.choice(["eager code", "a graph", "data"]) if what == "Phased" else ""
+    kinds = rng.sample(["Symmetric", "Softplus", "Scaled"], rng.choice([0, 1]))
+    kinds.insert(rng.randrange(len(kinds) + 1), what)
+    chain = tuple(Link(kind, rng.randrange(100)) for kind in kinds)
+    api = rng.choice(["torch", "fxparam", "property"])
+    return _program(
+        seed,
+        rng,
+        "overwritten",
+        dtype="float64",
+        grad=True,
+        inner="aot_eager",
+        training=True,
+        holders=(Holder("a", api=api, chain=chain, seed=rng.randrange(1000)),),
+        allows=lambda kind: kind in _STRAIGHT,
+        budget=budget,
+        between=between,
+    )
+
+
+_THEMES: dict[str, Callable[[int, Random], Program]] = {
+    "narrow": _narrow,
+    "sizes": _sizes,
+    "regions": _regions,
+    "recurrent": _recurrent,
+    "switch": _switch,
+    "overwritten": _overwritten,
+}
+
+
+_IS_ON: dict[str, Callable[[], bool]] = {
+    "switch": lambda: importlib.util.find_spec("torch._higher_order_ops.switch") is not None,
+    "overwritten": lambda: not SWITCHED_ON.isdisjoint({"budget", "between"}),
+}
+
+
+def _program(
+    seed: int,
+    rng: Random,
+    theme: str,
+    *,
+    dtype: str,
+    grad: bool,
+    inner: str = "",
+    training: bool | None = None,
+    holders: tuple[Holder, ...] = (),
+    apart: Holder | None = None,
+    weights: dict[str, int] | None = None,
+    allows: Callable[[str], bool] = lambda kind: True,
+    most: dict[str, int] | None = None,
+    **rest: Any,
+) -> Program:
+    inner = inner or rng.choice(["eager", "aot_eager"])
+    holders = holders or some_holders(rng, barred_links(dtype), singular=0.02)
+    if apart:
+        holders += (apart,)
+    writer = Writer(
+        rng,
+        holders,
+        dtype=dtype,
+        grad=grad,
+        inner=inner,
+        weights=weights,
+        allows=allows,
+        most=most,
+    )
+    return Program(
+        seed=seed,
+        size=rng.choice([2, 3, 3, 4]),
+        dtype=dtype,
+        inner=inner,
+        training=rng.random() < 0.75 if training is None else training,
+        grad=grad,
+        caller_writes=rng.random() < 0.2 and theme != "overwritten",
+        holders=holders,
+        statements=writer.program(),
+        theme=theme,
+        **rest,
+    )
