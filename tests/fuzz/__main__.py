@@ -77,10 +77,13 @@ def _report(source: str, seed: int, options: argparse.Namespace) -> None:
 def _mutate(options: argparse.Namespace) -> int:
     missed = 0
     for rule in (*mutate.PREDICATES, *mutate.FIXES) if options.predicates else mutate.RULES:
-        if not rule.startswith(options.rule):
+        theme = mutate.THEMES.get(rule)
+        if not rule.startswith(options.rule) or (theme and not themes.is_on(theme)):
             continue
         begin = time.monotonic()
-        ran, program = mutate.programs_until_noticed(rule, limit=options.n, start=options.start, inner=options.inner)
+        ran, program = mutate.programs_until_noticed(
+            rule, limit=options.n, start=options.start, inner=options.inner
+        )
         seen = f"noticed by seed {program.seed}" if program else "NOT noticed"
         seconds = time.monotonic() - begin
         print(f"rule {rule}: {seen}, after {ran} programs, {seconds:.0f} s", flush=True)

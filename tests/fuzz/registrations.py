@@ -97,12 +97,24 @@ class Odd(nn.Module):
         return "no tensor"
 
 
+class Counts(nn.Module):
+    """Counts its evaluations, and changes the dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)  # type: ignore[operator, union-attr]
+        return x.double()
+
+
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise ArithmeticError("fails")
 
 
-KINDS = (Scaled, Sine, Sum, AnySum, Pair, Doubled, Row, Wider, Odd, Fails)
+KINDS = (Scaled, Sine, Sum, AnySum, Pair, Doubled, Row, Wider, Odd, Counts, Fails)
 STORED = ("parameter", "frozen", "buffer")
 
 
@@ -163,12 +175,14 @@ def check(stored: str, steps: Sequence[Step]) -> int:
         before = _state(module)
         given = (last.get(ours), last.get(of_torch))
         ready, ready_twin = (_made(step, old) for old in given)
-        trained = _training(ready)
+        before_ready = _state_of(ready)
         try:
             _take(ours, module, step, ready)
         except Exception as error:
             assert _state(module) == before, f"{step} raised {error!r}, and changed the module"
-            assert _training(ready) == trained, f"{step} raised, and changed its parametrization"
+            assert _state_of(ready) == before_ready, (
+                f"{step} raised, and changed its parametrization"
+            )
             continue
         _take(of_torch, twin, step, ready_twin)
         accepted += 1
@@ -214,7 +228,8 @@ def _take(api: Any, module: nn.Module, step: Step, parametrization: nn.Module | 
 def _compare(module: nn.Module, twin: nn.Module, step: Step) -> None:
     assert list(module.state_dict()) == list(twin.state_dict()), step
     here, there = _value(module), _value(twin)
-    assert not isinstance(here, TypeError), f"{step} was accepted, and reading raises {here!r}"
+    if not _begins_with_a_pair(module):
+        assert not isinstance(here, TypeError), f"{step} was accepted, and reading raises {here!r}"
     if not isinstance(here, Tensor) or not isinstance(there, Tensor):
         assert type(here) is type(there), f"{step}: {here!r} and {there!r}"
         return
@@ -223,15 +238,30 @@ def _compare(module: nn.Module, twin: nn.Module, step: Step) -> None:
     assert torch.equal(here, there), step
 
 
+def _begins_with_a_pair(module: nn.Module) -> bool:
+    """Whether the first parametrization takes two tensors, and there is one original.
+
+    ``unsafe``, this is not refused, as torch does not refuse it.
+    """
+    if not ours.is_parametrized(module, "w"):
+        return False
+    return isinstance(module.parametrizations["w"][0], Pair)  # type: ignore[index]
+
+
 def _value(module: nn.Module) -> Tensor | Exception:
+    """The value, or why there is none; what reading it counts is put back."""
+    counts = {buffer: buffer.clone() for buffer in module.buffers() if buffer.dim() == 0}
     try:
         return module.w  # type: ignore[return-value]
     except Exception as error:
         return error
+    finally:
+        for buffer, before in counts.items():
+            buffer.copy_(before)
 
 
-def _training(module: nn.Module | None) -> list[bool]:
-    return [] if module is None else [m.training for m in module.modules()]
+def _state_of(parametrization: nn.Module | None) -> list[Any]:
+    return [] if parametrization is None else list(_entries(parametrization))
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from fxparam.eager import checks
-from tests.fuzz.registrations import KINDS, STORED, Assign, Register, Remove, Step, check
+from tests.fuzz.registrations import KINDS, STORED, Assign, Register, Remove, Step, Train, check
 
 STEPS = st.one_of(
     st.builds(Register, st.integers(0, len(KINDS) - 1), st.booleans(), st.booleans()),
     st.builds(Register, st.integers(0, len(KINDS) - 1), st.booleans(), st.booleans()),
     st.builds(Remove, st.booleans()),
     st.builds(Assign, st.booleans()),
+    st.builds(Train, st.booleans()),
 )
 SEQUENCES = st.lists(STEPS, min_size=1, max_size=6)
 # The same sequences in each run.

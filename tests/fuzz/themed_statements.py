@@ -115,9 +115,7 @@ def _select(w: Writer, kind: str) -> Statement:
     value = f"self.{w.holder().name}.weight"
     other = w.read() if w.rng.random() < 0.2 else value
     names = [w.name("s") for _ in range(w.rng.choice([2, 2, 3]))]
-    lines = [
-        f"{name} = {form.format(other if k == 1 else value)}" for k, name in enumerate(names)
-    ]
+    lines = [f"{name} = {form.format(other if k == 1 else value)}" for k, name in enumerate(names)]
     if w.rng.random() < 0.25:
         lines.insert(1, f"with torch.no_grad():\n    {w.original()}.mul_(0.9)")
     for name in w.rng.sample(names, w.rng.choice([0, 1, 1])):
