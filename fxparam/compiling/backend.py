@@ -28,7 +28,10 @@ from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
-from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
+from fxparam.graph.torch_bugs.recomputed_values import (
+    save_what_may_change,
+    saving_what_may_change,
+)
 from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
 from fxparam.marks import EVALUATION, REGION, VALUE, settle
 from fxparam.scopes.under_dynamo import forget_models
@@ -105,7 +108,10 @@ class Backend:
         self._record(result)
         if result.has_bodies:
             allow_scalar_outputs(gm)
-        with keep_saved_tensors(has_bodies=result.has_bodies):
+        with (
+            keep_saved_tensors(has_bodies=result.has_bodies),
+            saving_what_may_change(by_inductor=self._inner == "inductor"),
+        ):
             compiled = inner(gm, example_inputs)
         return compiled
 
@@ -156,7 +162,7 @@ class Backend:
             configured: Callable[..., Any] = inductor_with(
                 mode,
                 options,
-                joint_custom_pre_pass=save_reads_of_overwritten_inputs,
+                joint_custom_pre_pass=save_what_may_change,
                 post_grad_custom_pre_pass=show_what_bodies_pass_on,
             )
             return configured
