@@ -38,7 +38,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxparam._torch.names import functorch_config
+from fxparam._torch.names import OpOverload, functorch_config
 from fxparam.graph.analysis.nodes import is_view, owner, value_of
 
 __all__ = ["save_what_may_change", "saving_what_may_change"]
@@ -116,7 +116,7 @@ def _is_buffer_of_evaluation(node: Node) -> bool:
 
 def _draws(node: Node) -> bool:
     """Check whether a node draws random numbers."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     return torch.Tag.nondeterministic_seeded in node.target.tags
 
