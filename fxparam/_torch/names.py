@@ -25,6 +25,7 @@ __all__ = [
     "ShapeEnv",
     "TorchDispatchMode",
     "UnsupportedTorchError",
+    "WeightNormParametrization",
     "active_modes",
     "assert_tensor_metadata",
     "behind_proxy",
@@ -93,6 +94,8 @@ set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = lookup("torch", "_C")
 # An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
+# What torch.nn.utils.parametrizations.weight_norm registers.
+WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
 _unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")

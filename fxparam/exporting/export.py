@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.eager.adopt import adopt
+from fxparam.eager.adopt import adopt_classes
 from fxparam.exporting.attributes import Attributes
 from fxparam.exporting.evaluations import mark_evaluations
 from fxparam.exporting.fold import fold
 from fxparam.exporting.module_stacks import call_from_root
+from fxparam.exporting.old_style import refuse_model
 from fxparam.graph import analyze, hoist
 from fxparam.graph.analysis.derived import PARAMETER
 from fxparam.graph.analysis.nodes import owner
@@ -59,8 +60,8 @@ def export(
             the parametrized tensors, and neither the originals nor the operations. For inference.
 
     Raises:
-        ValueError: with ``fold``, a parametrization has effects or depends on the inputs; the
-            message names the tensor.
+        ValueError: with ``fold``, a parametrization has effects or depends on the inputs, or an
+            old-style hook computes a tensor; the message names the tensor.
         Exception: what :func:`torch.export.export` raises.
 
     Source: :func:`torch.export.export`.
@@ -75,6 +76,8 @@ def export(
         >>> sorted(fxparam.export(layer, (torch.ones(1, 2),), fold=True).state_dict)
         ['bias', 'weight']
     """
+    if fold:
+        refuse_model(model)
     program = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
     _share(program)
     return _fold(program) if fold else program
@@ -118,7 +121,7 @@ def _has_parametrizations(model: object) -> bool:
 def _adopted(model: Module) -> Iterator[None]:
     """Let ``cached()`` serve parametrizations that were registered through torch as well."""
     classes = [(module, type(module)) for module in model.modules()]
-    adopt(model)
+    adopt_classes(model)
     try:
         yield
     finally:
