@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.utils import parametrize
 
 from fxparam._torch.names import lookup, tree_unflatten
 
@@ -32,6 +33,7 @@ __all__ = [
     "traced_code",
     "traced_for",
     "traced_module",
+    "traced_torch_region",
     "traces_function_modes",
 ]
 
@@ -108,6 +110,24 @@ def traced_module(identity: int) -> torch.nn.Module | None:
     seen = {} if output is None else output.side_effects.id_to_variable
     module = getattr(seen.get(identity), "value", None)
     return module if isinstance(module, torch.nn.Module) else None
+
+
+def traced_torch_region() -> object:
+    """Return what stands for the block of torch's own ``cached()`` that traced code has entered.
+
+    The same object in all of an outermost block, and another in the next as long as it is kept.
+    None outside. torch binds a new dictionary for values at the end of such a block.
+    """
+    output = _tracer_output()
+    if output is None:
+        return None
+    effects = output.side_effects
+    variable = effects.id_to_variable.get(id(parametrize))
+    assigned = effects.store_attr_mutations.get(variable, {})
+    blocks = assigned.get("_cache_enabled")
+    if blocks is None or not blocks.as_python_constant():
+        return None
+    return assigned.get("_cache", parametrize)
 
 
 def traces_function_modes() -> bool:

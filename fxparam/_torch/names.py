@@ -25,6 +25,7 @@ __all__ = [
     "ShapeEnv",
     "TorchDispatchMode",
     "UnsupportedTorchError",
+    "WeightNormParametrization",
     "active_modes",
     "assert_tensor_metadata",
     "behind_proxy",
@@ -42,6 +43,7 @@ __all__ = [
     "schema_of",
     "schemas_of",
     "set_grad_enabled",
+    "torch_region",
     "trace_artifact",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -93,6 +95,12 @@ set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = lookup("torch", "_C")
 # An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
+# What torch.nn.utils.parametrizations.weight_norm registers.
+WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
+# torch's own cached(): how many of its blocks are open, and the values of the outermost.
+_parametrize = lookup("torch.nn.utils", "parametrize")
+for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence not kept
+    lookup("torch.nn.utils.parametrize", _name)
 _unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
@@ -192,6 +200,16 @@ def is_opaque_reference(value: object) -> bool:
     except ImportError:
         return False
     return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
+
+
+def torch_region() -> dict[Any, Any] | None:
+    """Return what torch's own ``cached()`` keeps values in, if such a block is open; else None.
+
+    It is another dictionary in each outermost block, and of all threads. Torch looks values up in
+    it by the identity of a module and the name of a tensor.
+    """
+    kept: dict[Any, Any] | None = _parametrize._cache if _parametrize._cache_enabled else None
+    return kept
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

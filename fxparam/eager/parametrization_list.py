@@ -83,6 +83,23 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
             writes.commit()
             self._set_original("original", original)
 
+    @classmethod
+    def of(cls, step: Module, *originals: Tensor) -> ParametrizationList:
+        """Return a list that is not checked, with originals that are what its step has been given.
+
+        Args:
+            step: the one parametrization.
+            originals: the tensors that it is called with.
+        """
+        chain: ParametrizationList = cls.__new__(cls)
+        ModuleList.__init__(chain, [step])
+        chain.unsafe = False
+        chain.is_tensor = len(originals) == 1
+        chain.ntensors = len(originals)
+        for i, original in enumerate(originals):
+            chain._set_original("original" if chain.is_tensor else f"original{i}", original)
+        return chain
+
     def _set_original(self, name: str, value: Any) -> None:
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)

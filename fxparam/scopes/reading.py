@@ -26,14 +26,15 @@ class ScopedReading(reading.Reading):
     def traced_value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that Dynamo traces.
 
-        Here it is decided how the tensor is read: in a region that begins in the traced code, as
-        an evaluation marked as part of it; outside every region, as a plain evaluation; in an eager
-        region around, as the value that the graph is given, or else outside of the graph.
+        Here it is decided how the tensor is read: in a region that begins in the traced code, be it
+        one of torch's, as an evaluation marked as part of it; outside every region, as a plain
+        evaluation; in an eager region around, as the value that the graph is given, or else outside
+        of the graph.
         """
         if under_dynamo.is_open():
             return _marked(chain)
         if not store.active:
-            return chain()  # type: ignore[no-any-return]
+            return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
         return _given(chain, around) if around else store.read(chain)
 
@@ -80,6 +81,21 @@ def _region_around(chain: Module) -> str:
     if under_dynamo.changes() or under_dynamo.is_shared():
         return ""
     return under_dynamo.region_around(id(chain))
+
+
+def _outside(chain: Module, mark: str) -> Tensor:
+    """Return an evaluation outside of our regions.
+
+    Args:
+        chain: a ``ParametrizationList``.
+        mark: that of the block of torch's own ``cached()`` that the code has entered; or empty.
+    """
+    if not mark:
+        return chain()  # type: ignore[no-any-return]
+    if mark == under_dynamo.UNTRACEABLE:
+        return store.read(chain)
+    with annotate({marks.REGION: mark}):
+        return _marked(chain)
 
 
 def _given(chain: Module, around: str) -> Tensor:

@@ -7,6 +7,8 @@ never share a region. So is a checkpointed function that is called in a region: 
 backward, maybe after the region, has to evaluate and save as much as it did then, and finds what it
 had saved by counting.
 
+A block of torch's own ``cached()`` is a region as well, for the parametrized tensors that are ours.
+
 Dynamo cannot trace a context variable (https://github.com/pytorch/pytorch/issues/186449), and a
 guard on a ``threading.local`` compares the wrong dictionary. It does guard an attribute of a
 module, by reading it again at each call. ``active`` is therefore a property of *this module*: eager
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around
+from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around, torch_region
 from fxparam.scopes.modes import ambient
 from fxparam.scopes.snapshot import HeldValue, Snapshot
 
@@ -89,12 +91,33 @@ class Region:
 
 
 _region: ContextVar[Region | None] = ContextVar("fxparam_region", default=None)
+# Is not usable, and stands for being outside torch's own regions too.
+_OUTSIDE = Region()
 
 
 def current() -> Region | None:
     """Return the region the running code is in, or None."""
     region = _region.get()
-    return region if region is not None and region.usable else None
+    if region is not None and region.usable:
+        return region
+    return None if region is _OUTSIDE else _region_of_torch()
+
+
+def _region_of_torch() -> Region | None:
+    """Return the present thread's region in the block of torch's own ``cached()``, if one is open.
+
+    torch keeps it with the values of that block, and drops it with them. In a checkpointed function
+    it is not known whether the block is around the function or in it: hence none.
+    """
+    kept = torch_region()
+    if kept is None or checkpoint_around() is not None:
+        return None
+    key = (threading.get_ident(), "fxparam")
+    region: Region | None = kept.get(key)
+    if region is None:
+        region = kept[key] = Region()
+        region.enter()
+    return region
 
 
 class _ContextModule(types.ModuleType):
@@ -139,7 +162,7 @@ def leave(entered: tuple[Region, Token[Region | None] | None]) -> None:
 @contextmanager
 def outside_regions() -> Iterator[None]:
     """Leave the regions around the block, for the block."""
-    token = _region.set(None)
+    token = _region.set(_OUTSIDE)
     try:
         yield
     finally:
