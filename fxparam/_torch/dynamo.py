@@ -25,6 +25,7 @@ __all__ = [
     "lookup_backend",
     "nest_results",
     "restart_trace",
+    "skip_frames_of",
     "trace_marks",
     "trace_number",
     "traced_assignments",
@@ -136,6 +137,14 @@ def restart_trace(reason: str) -> NoReturn:
 def is_restart(error: Exception) -> bool:
     """Check whether an exception asks Dynamo to trace the present frame once more."""
     return isinstance(error, lookup("torch._dynamo.exc", "RestartAnalysis"))
+
+
+def skip_frames_of(code: types.CodeType) -> None:
+    """Let Dynamo not compile a function by itself, when eager code calls it.
+
+    It still inlines the function into code that it traces, and compiles what the function calls.
+    """
+    lookup("torch._dynamo.eval_frame", "skip_code")(code)
 
 
 def is_in_traced_generator(own: types.CodeType) -> bool:
