@@ -273,8 +273,10 @@ def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
         as attributes.
     """
     # Every call traces anew. That is no recompilation to be limited.
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
-    with lookup("torch._dynamo", "config").patch(limits):
+    settings = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
+    # torch.compile would break the graph at RNN, GRU and LSTM; torch.export traces them.
+    settings["allow_rnn"] = True
+    with lookup("torch._dynamo", "config").patch(settings):
         return lookup("torch._dynamo", "export")(root)(*args).graph_module
 
 
