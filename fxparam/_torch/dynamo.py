@@ -26,6 +26,7 @@ __all__ = [
     "lookup_backend",
     "nest_results",
     "restart_trace",
+    "skip_frames_of",
     "trace_marks",
     "trace_number",
     "traced_assignments",
@@ -158,6 +159,14 @@ def is_restart(error: Exception) -> bool:
     return isinstance(error, lookup("torch._dynamo.exc", "RestartAnalysis"))
 
 
+def skip_frames_of(code: types.CodeType) -> None:
+    """Let Dynamo not compile a function by itself, when eager code calls it.
+
+    It still inlines the function into code that it traces, and compiles what the function calls.
+    """
+    lookup("torch._dynamo.eval_frame", "skip_code")(code)
+
+
 def is_in_traced_generator(own: types.CodeType) -> bool:
     """Check whether Dynamo is tracing the code of a generator, other than ``own`` code.
 
@@ -284,8 +293,10 @@ def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
         as attributes.
     """
     # Every call traces anew. That is no recompilation to be limited.
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
-    with lookup("torch._dynamo", "config").patch(limits):
+    settings = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
+    # torch.compile would break the graph at RNN, GRU and LSTM; torch.export traces them.
+    settings["allow_rnn"] = True
+    with lookup("torch._dynamo", "config").patch(settings):
         return lookup("torch._dynamo", "export")(root)(*args).graph_module
 
 

@@ -22,6 +22,7 @@ from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import with_values_of_region
+from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.take_outside import is_in_a_region_around
@@ -218,3 +219,5 @@ def backend(
 
 #: What the entry point ``fxparam`` names.
 default = Backend("inductor")
+
+leave_own_frames_to_eager_code()
