@@ -57,6 +57,13 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
         [[0.0, 0.0], [0.0, 0.0]]
     """
 
+    #: Whether a scope has its value, as :func:`fxparam.accumulate` sets it for a block.
+    in_step = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: everything but the scope it is in."""
+        return {k: v for k, v in self.__dict__.items() if k != "in_step"}
+
     def __init__(
         self, modules: Sequence[Module], original: Tensor | Parameter, unsafe: bool = False
     ) -> None:

@@ -19,7 +19,7 @@ class ScopedReading(reading.Reading):
 
     def value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that runs."""
-        if store.active:
+        if store.active or _is_in_step(chain):
             return store.read(chain)
         return chain()  # type: ignore[no-any-return]
 
@@ -31,16 +31,16 @@ class ScopedReading(reading.Reading):
         evaluation; in an eager region around, as the value that the graph is given, or else outside
         of the graph.
         """
-        if under_dynamo.is_open():
+        if under_dynamo.is_open() and not _is_in_step(chain):
             return _marked(chain)
-        if not store.active:
+        if not store.active and not _is_in_step(chain):
             return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
         return _given(chain, around) if around else store.read(chain)
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
-        if store.active:
+        if store.active or _is_in_step(chain):
             store.forget(chain)
 
     def is_shared(self) -> bool:
@@ -49,6 +49,14 @@ class ScopedReading(reading.Reading):
 
 
 reading.use(ScopedReading())
+
+
+def _is_in_step(chain: Module) -> bool:
+    """Check whether an ``accumulate()`` block has the value of a list.
+
+    A list that torch's functions made, on a module of ours, has no such attribute.
+    """
+    return getattr(chain, "in_step", False)
 
 
 @store.untraced

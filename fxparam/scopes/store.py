@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -44,6 +44,8 @@ __all__ = [
     "leave",
     "outside_regions",
     "read",
+    "step_of",
+    "stepping",
     "untraced",
 ]
 
@@ -80,6 +82,14 @@ class Region:
         if self.depth == 0:
             self.entries.clear()
 
+    def evaluate(self, chain: Module) -> Tensor:
+        """Return what the region is to hold of a new evaluation."""
+        return chain()  # type: ignore[no-any-return]
+
+    def hand_out(self, value: Tensor) -> Tensor:
+        """Return what one reader gets of a value that the region holds."""
+        return value
+
     @property
     def usable(self) -> bool:
         """Check whether the region is open, in this thread and this call of a checkpoint."""
@@ -93,6 +103,9 @@ class Region:
 _region: ContextVar[Region | None] = ContextVar("fxparam_region", default=None)
 # Is not usable, and stands for being outside torch's own regions too.
 _OUTSIDE = Region()
+
+# The open ``accumulate()`` block of a parametrization list, in whatever thread.
+_steps: WeakKeyDictionary[Module, Region] = WeakKeyDictionary()
 
 
 def current() -> Region | None:
@@ -118,6 +131,28 @@ def _region_of_torch() -> Region | None:
         region = kept[key] = Region()
         region.enter()
     return region
+
+
+def step_of(chain: Module) -> Region | None:
+    """Return the open ``accumulate()`` block that evaluates a parametrization list, or None."""
+    step = _steps.get(behind_proxy(chain))
+    return step if step is not None and step.usable else None
+
+
+@contextmanager
+def stepping(step: Region, chains: Iterable[Module]) -> Iterator[None]:
+    """Let a block hold the values of parametrization lists, in whatever thread they are read."""
+    step.enter()
+    for chain in chains:
+        _steps[chain] = step
+        chain.in_step = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for chain in chains:
+            _steps.pop(chain, None)
+            chain.__dict__.pop("in_step", None)
+        step.leave()
 
 
 class _ContextModule(types.ModuleType):
@@ -195,7 +230,7 @@ def read(chain: Module) -> Tensor:
             "required: torch.jit.trace outside of fxparam.cached()\n"
             "found: torch.jit.trace inside of it"
         )
-    region = current()
+    region = step_of(chain) or current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
     now, modes = Snapshot(chain), active_modes()
@@ -203,8 +238,8 @@ def read(chain: Module) -> Tensor:
     key = _key(now, modes)
     entry = entries.get(key)
     if entry is not None and entry.holds(now):
-        return entry.value
-    value: Tensor = chain()
+        return region.hand_out(entry.value)
+    value = region.evaluate(chain)
     # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
     # make its value stale.
     now = Snapshot(chain)
@@ -214,12 +249,12 @@ def read(chain: Module) -> Tensor:
         entries[_key(now, modes)] = entry
         if len(entries) > _KEPT:
             del entries[next(iter(entries))]
-    return value
+    return region.hand_out(value)
 
 
 @untraced
 def forget(chain: Module) -> None:
     """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
-    region = current()
+    region = step_of(chain) or current()
     if region is not None:
         region.entries.pop(behind_proxy(chain), None)
