@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fxparam._torch.names import inside_functorch
+from fxparam._torch.names import checkpoint_around, inside_functorch
+from fxparam._torch.tensors import version_of
 from fxparam.eager.adopt import adopt
 from fxparam.eager.checks import check_modules
 from fxparam.eager.classes import chains_of
@@ -52,8 +53,7 @@ class _Step(store.Region):
         """Return the leaf of a new evaluation; the value itself where it has no gradient."""
         if inside_functorch():  # whose transforms differentiate with respect to the originals
             return chain()  # type: ignore[no-any-return]
-        # What a checkpoint around saves it counts, and it finds no evaluation when it runs again.
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        with _outside_checkpoints():
             value: Tensor = chain()
         if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
             return value
@@ -73,6 +73,18 @@ class _Step(store.Region):
         dtype = self._narrow.get(id(value))
         return value if dtype is None else value.to(dtype)
 
+    def forget(self, chain: Module) -> None:
+        """Refuse an assignment: what was computed in the block has the value from before.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "an assignment to a parametrized tensor inside of fxparam.accumulate().\n"
+            "required: originals that stay as they are until the block has ended\n"
+            f"found: an assignment to {self._names[chain]}"
+        )
+
     def owns(self, parameters: set[int]) -> str | None:
         """Return the name of a tensor that has one of the parameters, given by ``id()``."""
         for chain, name in self._names.items():
@@ -86,11 +98,38 @@ class _Step(store.Region):
         self._leaves.clear()
         parts = max((_parts(gradient, value) for value, gradient in reached), default=0)
         for left in range(parts - 1, -1, -1):
-            torch.autograd.backward(
-                [value for value, _ in reached],
-                [(gradient / parts).to(value.dtype) for value, gradient in reached],
-                retain_graph=left > 0,
-            )
+            values = [value for value, _ in reached]
+            gradients = [(gradient / parts).to(value.dtype) for value, gradient in reached]
+            try:
+                torch.autograd.backward(values, gradients, retain_graph=left > 0)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "fxparam.accumulate() ends with one backward through the evaluations.\n"
+                    "required: originals and buffers that stay as they are until then\n"
+                    f"found: {error}"
+                ) from error
+
+
+def _outside_checkpoints() -> AbstractContextManager[Any]:
+    """Return a context in which a checkpoint around does not see what is saved for backward.
+
+    It counts what it saves, and finds no evaluation when it runs again.
+    """
+    if checkpoint_around() is None:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+        return tensor.detach(), version_of(tensor)  # the tensor itself would hold its own graph
+
+    def unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+        tensor, version = packed
+        if version_of(tensor) != version:  # as autograd checks without hooks
+            raise RuntimeError("a saved tensor has been modified by an inplace operation")
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _widest(chain: Module, value: Tensor) -> torch.dtype:
@@ -137,8 +176,9 @@ def accumulate(*models: Module) -> Iterator[None]:
         TypeError: if an argument is not a module, or there is none.
         RuntimeError: if the block is entered inside of one for the same tensor; if a custom
             ``autograd.Function`` in an evaluation is not additive in the gradient, or changes a
-            state in backward; if an optimizer of the originals steps in the block. If the block
-            ends by an exception, no gradient reaches the originals.
+            state in backward; if an optimizer of the originals steps in the block, or a
+            parametrized tensor is assigned or an original written there. If the block ends by an
+            exception, no gradient reaches the originals.
 
     Source: gradient accumulation as in https://docs.pytorch.org/docs/stable/notes/amp_examples.html
 

@@ -90,6 +90,10 @@ class Region:
         """Return what one reader gets of a value that the region holds."""
         return value
 
+    def forget(self, chain: Module) -> None:
+        """Drop the values of a list, whose originals are about to be assigned."""
+        self.entries.pop(chain, None)
+
     @property
     def usable(self) -> bool:
         """Check whether the region is open, in this thread and this call of a checkpoint."""
@@ -257,4 +261,4 @@ def forget(chain: Module) -> None:
     """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
     region = step_of(chain) or current()
     if region is not None:
-        region.entries.pop(behind_proxy(chain), None)
+        region.forget(behind_proxy(chain))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -310,6 +312,9 @@ def test_misuse_is_refused() -> None:
         pass
     with pytest.raises(TypeError, match="got none"), fxparam.accumulate():
         pass
+    with fxparam.accumulate(model), pytest.raises(RuntimeError, match="assignment to 0.weight"):
+        model[0].weight = torch.zeros(4, 4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     other = torch.optim.SGD(nn.Linear(2, 2).parameters())
     with fxparam.accumulate(model):
         other.step()
@@ -345,3 +350,43 @@ def test_regions_inside_and_around() -> None:
     assert helpers.counted(accumulated) == (2, 2)
     _in_turn(twin)
     _check_equal(model, twin)
+
+
+class Exp(nn.Module):
+    """Its backward needs its value."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.exp()
+
+
+class Squared(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.square()
+
+
+@pytest.mark.parametrize("program", [_in_turn, _checkpointed])
+def test_an_original_that_is_written_in_the_block(program: Callable[[Any], None]) -> None:
+    model = _model(Squared())
+    message = "stay as they are(.|\n)*inplace operation"
+    with pytest.raises(RuntimeError, match=message), fxparam.accumulate(model):
+        program(model)
+        with torch.no_grad():
+            model[0].parametrizations.weight.original.add_(1)
+
+
+@pytest.mark.parametrize("program", [_in_turn, _checkpointed])
+def test_nothing_outlives_the_block(program: Callable[[Any], None]) -> None:
+    model = _model(Exp())
+    values = []
+    model[0].parametrizations.weight[0].register_forward_hook(
+        lambda module, inputs, output: values.append(weakref.ref(output))
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with fxparam.accumulate(model):
+            program(model)
+        assert len(values) == 1
+        assert values[0]() is None
+    finally:
+        gc.enable()
