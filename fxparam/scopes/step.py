@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxparam._torch.names import checkpoint_around, inside_functorch
 from fxparam._torch.tensors import version_of
-from fxparam.eager.adopt import adopt
+from fxparam.eager.adopt import adopt_classes
 from fxparam.eager.checks import check_modules
 from fxparam.eager.classes import chains_of
 from fxparam.scopes import store
@@ -170,7 +170,8 @@ def accumulate(*models: Module) -> Iterator[None]:
 
     Args:
         models: modules, at least one. All parametrized tensors in them are evaluated once; those
-            that were registered through torch are adopted (:func:`fxparam.adopt`).
+            that were registered through torch are made ours for good, as :func:`fxparam.adopt`
+            does; old-style hooks are left alone.
 
     Raises:
         TypeError: if an argument is not a module, or there is none.
@@ -229,7 +230,8 @@ def _names_of(models: tuple[Module, ...]) -> dict[Module, str]:
         check_modules(model=model)
     names: dict[Module, str] = {}
     for model in models:
-        for path, module in adopt(model).named_modules():
+        adopt_classes(model)
+        for path, module in model.named_modules():
             for name, chain in (chains_of(module) or {}).items():
                 names.setdefault(chain, f"{path}.{name}".lstrip("."))
     return names
