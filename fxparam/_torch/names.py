@@ -23,6 +23,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "ShapeEnv",
+    "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedTorchError",
     "WeightNormParametrization",
@@ -38,6 +39,7 @@ __all__ = [
     "inside_functorch",
     "is_composite",
     "is_opaque_reference",
+    "is_plain_eager",
     "lookup",
     "qualified_name",
     "schema_of",
@@ -95,7 +97,8 @@ set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = lookup("torch", "_C")
 # An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
-# What torch.nn.utils.parametrizations.weight_norm registers.
+# What torch.nn.utils.parametrizations.spectral_norm and weight_norm register.
+SpectralNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_SpectralNorm")
 WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
 # torch's own cached(): how many of its blocks are open, and the values of the outermost.
 _parametrize = lookup("torch.nn.utils", "parametrize")
@@ -104,6 +107,9 @@ for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence no
 _unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
+_dispatch_depth = lookup("torch._C", "_len_torch_dispatch_stack")
+_function_depth = lookup("torch._C", "_len_torch_function_stack")
+_tracing_state = lookup("torch._C", "_get_tracing_state")
 _interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
 _saved_tensors_hooks: Any = lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _find_builtin = lookup("torch.jit._builtins", "_find_builtin")
@@ -170,6 +176,13 @@ def checkpoint_around() -> object:
 def inside_functorch() -> bool:
     """Check whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) runs this code."""
     return _interpreter() is not None
+
+
+def is_plain_eager() -> bool:
+    """Check whether code runs as it is: under no mode or transform, and traced by nobody."""
+    return not (
+        _dispatch_depth() or _function_depth() or _interpreter() is not None or _tracing_state()
+    )
 
 
 def call_with_hooks(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:

@@ -8,12 +8,20 @@ import torch
 from torch.nn import Module
 from torch.nn.utils import parametrize as torch_parametrize
 
+from fxparam._torch.names import SpectralNormParametrization
 from fxparam.eager.checks import check_modules
 from fxparam.eager.classes import chains_of, is_made_by_torch, make_class, original_class
 from fxparam.eager.old_style import conversions
 from fxparam.eager.parametrization_list import ParametrizationList
+from fxparam.eager.spectral import CheckedSpectralNorm
 
 __all__ = ["adopt", "adopt_classes"]
+
+# Classes of torch's that have one of ours in their place.
+_OURS: dict[type, type] = {
+    torch_parametrize.ParametrizationList: ParametrizationList,
+    SpectralNormParametrization: CheckedSpectralNorm,
+}
 
 M = TypeVar("M", bound=Module)
 
@@ -77,8 +85,7 @@ def _class_for(module: Module) -> type | None:
     """Return our class for ``module``; None if it has that already or is not parametrized."""
     cls = type(module)
     original = original_class(cls) or cls
-    if original is torch_parametrize.ParametrizationList:
-        original = ParametrizationList
+    original = _OURS.get(original, original)
     chains = chains_of(module)
     if chains is not None and original_class(cls) is None and not _torch_made(cls):
         return None  # not a parametrized module, or one of ours below another class

@@ -201,7 +201,7 @@ def _read(module: Module, name: str, chain: Module) -> Tensor:
     try:
         if torch.compiler.is_dynamo_compiling():
             return reading.present().traced_value(chain)
-        return reading.present().value(chain)
+        return reading.present().value(chain, name)
     except AttributeError as error:
         raise EvaluationError(module, name, error) from error
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.spectral_norm import (
@@ -30,6 +31,7 @@ from fxparam.eager.install import class_with, install
 from fxparam.eager.parametrization_list import ParametrizationList
 from fxparam.eager.pickling import WeightNormKeys
 from fxparam.eager.register import remove_parametrizations
+from fxparam.eager.spectral import warn_if_averaged
 
 __all__ = ["Conversion", "conversions", "old_style_tensors"]
 
@@ -157,6 +159,8 @@ class SpectralNormOfHook(Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """Return the quotient; in training mode, after a power iteration, which writes buffers."""
+        if not self.training and not torch.compiler.is_compiling():
+            warn_if_averaged(self, self._u)
         holder: Any = _Holder(self.hook.name, original, self._u, self._v)
         return self.hook.compute_weight(holder, self.training)
 

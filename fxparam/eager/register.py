@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch.nn import Module, ModuleDict
 
-from fxparam.eager import checks
+from fxparam.eager import checks, reading
 from fxparam.eager.classes import chain_of, chains_of, original_class
 from fxparam.eager.describe import first_names, kind_of, spelled
 from fxparam.eager.hooks import drop_hooks
@@ -90,7 +90,8 @@ def register_parametrization(
             parametrization.train(module.training)
             checks.check_takes_one_tensor(parametrization, tensor_name)
             if not unsafe:
-                checks.check_appended(getattr(module, tensor_name), parametrization, tensor_name)
+                value = reading.present().value(chain, "")
+                checks.check_appended(value, parametrization, tensor_name)
             chain.append(parametrization)
             chain.unsafe |= unsafe
         return module

@@ -17,11 +17,11 @@ __all__ = ["ScopedReading", "training_modes"]
 class ScopedReading(reading.Reading):
     """Reads the value that the region around the code has, and evaluates where there is none."""
 
-    def value(self, chain: Module) -> Tensor:
+    def value(self, chain: Module, name: str) -> Tensor:
         """Return the value of a parametrized tensor, for code that runs."""
         if store.active or _is_in_step(chain):
-            return store.read(chain)
-        return chain()  # type: ignore[no-any-return]
+            return store.read(chain, name)
+        return reading.evaluated(chain, name)
 
     def traced_value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that Dynamo traces.

@@ -49,10 +49,10 @@ class _Step(store.Region):
         """Check whether the block is open; in any thread, as autograd has threads of its own."""
         return self.depth > 0
 
-    def evaluate(self, chain: Module) -> Tensor:
+    def evaluate(self, chain: Module, name: str) -> Tensor:
         """Return the leaf of a new evaluation; the value itself where it has no gradient."""
         if inside_functorch():  # whose transforms differentiate with respect to the originals
-            return chain()  # type: ignore[no-any-return]
+            return super().evaluate(chain, name)
         with _outside_checkpoints():
             value: Tensor = chain()
         if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:

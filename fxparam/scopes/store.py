@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around, torch_region
+from fxparam.eager.lost_writes import say_if_lost
+from fxparam.eager.reading import evaluated
 from fxparam.scopes.modes import ambient
 from fxparam.scopes.snapshot import HeldValue, Snapshot
 
@@ -82,9 +84,14 @@ class Region:
         if self.depth == 0:
             self.entries.clear()
 
-    def evaluate(self, chain: Module) -> Tensor:
-        """Return what the region is to hold of a new evaluation."""
-        return chain()  # type: ignore[no-any-return]
+    def evaluate(self, chain: Module, name: str) -> Tensor:
+        """Return what the region is to hold of a new evaluation.
+
+        Args:
+            chain: a ``ParametrizationList``.
+            name: the name of the tensor, for a warning; empty for none.
+        """
+        return evaluated(chain, name)
 
     def hand_out(self, value: Tensor) -> Tensor:
         """Return what one reader gets of a value that the region holds."""
@@ -217,11 +224,12 @@ def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
 
 
 @untraced
-def read(chain: Module) -> Tensor:
+def read(chain: Module, name: str = "") -> Tensor:
     """Return the value of ``chain`` in the current region: one that is still right, or a new one.
 
     Args:
         chain: a ``ParametrizationList``.
+        name: the name of the tensor, for a warning; empty for none.
 
     Raises:
         RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
@@ -243,7 +251,9 @@ def read(chain: Module) -> Tensor:
     entry = entries.get(key)
     if entry is not None and entry.holds(now):
         return region.hand_out(entry.value)
-    value = region.evaluate(chain)
+    if entry is not None:
+        say_if_lost(entry.value)
+    value = region.evaluate(chain, name)
     # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
     # make its value stale.
     now = Snapshot(chain)
