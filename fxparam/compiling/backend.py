@@ -18,6 +18,7 @@ from fxparam._torch.dynamo import (
     restart_trace,
     trace_number,
 )
+from fxparam._torch.guards import guard_shared_memory
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
@@ -107,6 +108,8 @@ class Backend:
         except PassFailedError as error:
             self._give_up(error)
         self._record(result)
+        if len(result.apart) > 1:
+            guard_shared_memory(result.apart)
         if result.has_bodies:
             allow_scalar_outputs(gm)
         with (
