@@ -41,7 +41,9 @@ class _Step(store.Region):
     def __init__(self, names: dict[Module, str]) -> None:
         super().__init__()
         self._names = names
-        self._leaves: list[tuple[Tensor, Tensor]] = []  # each value, and the leaf for its readers
+        # Each value, the leaf for its readers, and the node in which the leaf's gradients arrive.
+        self._leaves: list[tuple[Tensor, Tensor, Any]] = []
+        self._closed = False
         self._narrow: dict[int, torch.dtype] = {}  # by the identity of a leaf in more bits
 
     @property
@@ -62,7 +64,9 @@ class _Step(store.Region):
         leaf = value.detach().to(wide).requires_grad_()
         if wide != value.dtype:
             self._narrow[id(leaf)] = value.dtype
-        self._leaves.append((value, leaf))
+        node: Any = torch.autograd.graph.get_gradient_edge(leaf).node
+        node.register_prehook(self._refuse_if_closed)  # a hook of the leaf Dynamo would see
+        self._leaves.append((value, leaf, node))
         return leaf
 
     def hand_out(self, value: Tensor) -> Tensor:
@@ -93,23 +97,45 @@ class _Step(store.Region):
         return None
 
     def differentiate(self) -> None:
-        """Carry the gradients of all readers through each evaluation, once."""
-        reached = [(value, leaf.grad) for value, leaf in self._leaves if leaf.grad is not None]
+        """Carry the gradients of all readers through each evaluation, once.
+
+        In the reverse order of the evaluations: what an evaluation reads of another parametrized
+        tensor, whose leaf thus gets its gradient, was evaluated before.
+        """
+        for value, leaf, _ in reversed(self._leaves):
+            if leaf.grad is not None:
+                _backward(value, leaf.grad)
         self._leaves.clear()
-        parts = max((_parts(gradient, value) for value, gradient in reached), default=0)
-        for left in range(parts - 1, -1, -1):
-            values = [value for value, _ in reached]
-            gradients = [(gradient / parts).to(value.dtype) for value, gradient in reached]
-            try:
-                torch.autograd.backward(values, gradients, retain_graph=left > 0)
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise RuntimeError(
-                    "fxparam.accumulate() ends with one backward through the evaluations.\n"
-                    "required: originals and buffers that stay as they are until then\n"
-                    f"found: {error}"
-                ) from error
+        self._closed = True
+
+    def _refuse_if_closed(self, gradients: tuple[Tensor, ...]) -> None:
+        """Raise RuntimeError if a gradient arrives that no original will get."""
+        if self._closed:
+            raise RuntimeError(
+                "a backward after fxparam.accumulate() of what was computed inside of it.\n"
+                "required: the backward in the block, which carries gradients to the originals\n"
+                "found: a backward when it had ended"
+            )
+
+
+def _backward(value: Tensor, gradient: Tensor) -> None:
+    """Carry a gradient through an evaluation.
+
+    Raises:
+        RuntimeError: if what the evaluation has saved was written.
+    """
+    parts = _parts(gradient, value)
+    for left in range(parts - 1, -1, -1):
+        try:
+            value.backward((gradient / parts).to(value.dtype), retain_graph=left > 0)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "fxparam.accumulate() ends with one backward through the evaluations.\n"
+                "required: originals and buffers that stay as they are until then\n"
+                f"found: {error}"
+            ) from error
 
 
 def _outside_checkpoints() -> AbstractContextManager[Any]:

@@ -390,3 +390,36 @@ def test_nothing_outlives_the_block(program: Callable[[Any], None]) -> None:
         assert values[0]() is None
     finally:
         gc.enable()
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a
+
+
+@pytest.mark.parametrize("program", [_in_turn, _deferred, _checkpointed])
+def test_parametrized_tensors_in_evaluations(program: Callable[[Any], None]) -> None:
+    model = _model(Added())
+    inner = model[0].parametrizations.weight[0]
+    fxparam.register_parametrization(inner, "a", Squared())
+    twin = copy.deepcopy(model)
+
+    def reading(m: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: m(x) + m[0].parametrizations.weight[0].a.sum()
+
+    with fxparam.accumulate(model):
+        program(reading(model))
+    program(reading(twin))
+    _check_equal(model, twin)
+
+
+def test_a_backward_after_the_block_is_refused() -> None:
+    model = _model()
+    with fxparam.accumulate(model):
+        loss = model(_batches()[0]).sum()
+    with pytest.raises(RuntimeError, match="a backward after fxparam.accumulate"):
+        loss.backward()
