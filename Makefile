@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 N ?= 1000
 
-.PHONY: demo test lint bench fuzz interop clean
+.PHONY: demo test test-newest lint bench fuzz interop clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-newest:
+	$(MAKE) test TORCH=$(shell sed -n 's/^torch==//p' constraints-newest.txt)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("fxparam", "fxparam as written", compiler="fxparam"),
         Contestant(
             "fxparam-scope",
-            "fxparam asked for more: cached() where that shares more, fold in export",
+            "fxparam asked for more: cached(), accumulate() or fold, where they share more",
             region="fxparam",
             compiler="fxparam",
         ),

@@ -130,6 +130,8 @@ def program(
     inputs = inputs_of(case, size, setting)
     run = _autocast(_run(case, contestant, model), setting)
     step = case.step_of(contestant.source == "by hand")
+    if contestant.region == "fxparam" and case.scope == "accumulate":
+        step = _accumulating(step)
     plain, compiled = contestant.source == "plain", contestant.compiler is not None
     fixed = plain or contestant.freezing or (case.exported and compiled)
     return Program(model, run, inputs, step, setting, plain, fixed, plain and case.effects)
@@ -168,7 +170,7 @@ def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
         return _freezing(torch.compile(model, backend=contestant.compiler, **options))
     if contestant.region == "torch":
         return torch.compile(_own_code(_in_region(model)), backend=contestant.compiler, **options)
-    if contestant.region == "fxparam":
+    if contestant.region == "fxparam" and case.scope == "cached":
         fxparam.adopt(model)
         run = _own_code(_in_region(model, fxparam.cached))
         return torch.compile(run, backend="fxparam", **options)
@@ -202,6 +204,14 @@ def _in_region(
     def run(*inputs: Tensor) -> Any:
         with region():
             return model(*inputs)
+
+    return run
+
+
+def _accumulating(step: Callable[..., Any]) -> Callable[..., Any]:
+    def run(model: nn.Module, *args: Any) -> Any:
+        with fxparam.accumulate(model):
+            return step(model, *args)
 
     return run
 

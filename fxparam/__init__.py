@@ -16,6 +16,7 @@ from fxparam.exporting.export import export
 from fxparam.exporting.fold import fold
 from fxparam.graph import HoistResult, Report, Rule
 from fxparam.scopes.region import cached
+from fxparam.scopes.step import accumulate
 from fxparam.tracing.hoist import hoist
 from fxparam.tracing.split import split
 from fxparam.tracing.trace import symbolic_trace
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Rule",
     "Tracer",
+    "accumulate",
     "adopt",
     "backend",
     "cached",

@@ -71,5 +71,6 @@ CASES = [
         grows="steps",
         step=_accumulate,
         by_hand_step=_accumulate_by_hand,
+        scope="accumulate",
     ),
 ]

@@ -102,7 +102,7 @@ class Case:
     effects: bool = False
     exported: bool = False
     fullgraph: bool = True
-    scope: Literal["cached", "fold"] | None = None
+    scope: Literal["cached", "accumulate", "fold"] | None = None
     step: Step | None = None
     by_hand_step: Step | None = None
     jax: Callable[[dict[str, Any], Sequence[Any], bool], Any] | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.utils import parametrize
 
 from fxparam._torch.names import lookup, tree_unflatten
 
@@ -25,6 +26,7 @@ __all__ = [
     "lookup_backend",
     "nest_results",
     "restart_trace",
+    "skip_frames_of",
     "trace_marks",
     "trace_number",
     "traced_assignments",
@@ -32,6 +34,7 @@ __all__ = [
     "traced_code",
     "traced_for",
     "traced_module",
+    "traced_torch_region",
     "traces_function_modes",
 ]
 
@@ -110,6 +113,24 @@ def traced_module(identity: int) -> torch.nn.Module | None:
     return module if isinstance(module, torch.nn.Module) else None
 
 
+def traced_torch_region() -> object:
+    """Return what stands for the block of torch's own ``cached()`` that traced code has entered.
+
+    The same object in all of an outermost block, and another in the next as long as it is kept.
+    None outside. torch binds a new dictionary for values at the end of such a block.
+    """
+    output = _tracer_output()
+    if output is None:
+        return None
+    effects = output.side_effects
+    variable = effects.id_to_variable.get(id(parametrize))
+    assigned = effects.store_attr_mutations.get(variable, {})
+    blocks = assigned.get("_cache_enabled")
+    if blocks is None or not blocks.as_python_constant():
+        return None
+    return assigned.get("_cache", parametrize)
+
+
 def traces_function_modes() -> bool:
     """Check whether the code that is being traced runs under a ``TorchFunctionMode``."""
     translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
@@ -136,6 +157,14 @@ def restart_trace(reason: str) -> NoReturn:
 def is_restart(error: Exception) -> bool:
     """Check whether an exception asks Dynamo to trace the present frame once more."""
     return isinstance(error, lookup("torch._dynamo.exc", "RestartAnalysis"))
+
+
+def skip_frames_of(code: types.CodeType) -> None:
+    """Let Dynamo not compile a function by itself, when eager code calls it.
+
+    It still inlines the function into code that it traces, and compiles what the function calls.
+    """
+    lookup("torch._dynamo.eval_frame", "skip_code")(code)
 
 
 def is_in_traced_generator(own: types.CodeType) -> bool:
@@ -264,8 +293,10 @@ def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:
         as attributes.
     """
     # Every call traces anew. That is no recompilation to be limited.
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
-    with lookup("torch._dynamo", "config").patch(limits):
+    settings = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), sys.maxsize)
+    # torch.compile would break the graph at RNN, GRU and LSTM; torch.export traces them.
+    settings["allow_rnn"] = True
+    with lookup("torch._dynamo", "config").patch(settings):
         return lookup("torch._dynamo", "export")(root)(*args).graph_module
 
 

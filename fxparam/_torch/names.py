@@ -23,8 +23,10 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "ShapeEnv",
+    "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedTorchError",
+    "WeightNormParametrization",
     "active_modes",
     "assert_tensor_metadata",
     "behind_proxy",
@@ -37,11 +39,13 @@ __all__ = [
     "inside_functorch",
     "is_composite",
     "is_opaque_reference",
+    "is_plain_eager",
     "lookup",
     "qualified_name",
     "schema_of",
     "schemas_of",
     "set_grad_enabled",
+    "torch_region",
     "trace_artifact",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -93,9 +97,19 @@ set_grad_enabled: Any = lookup("torch._C", "_set_grad_enabled")
 grad_mode_namespace: Any = lookup("torch", "_C")
 # An op that raises if a tensor has another shape or dtype than given.
 assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadata.default
+# What torch.nn.utils.parametrizations.spectral_norm and weight_norm register.
+SpectralNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_SpectralNorm")
+WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
+# torch's own cached(): how many of its blocks are open, and the values of the outermost.
+_parametrize = lookup("torch.nn.utils", "parametrize")
+for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence not kept
+    lookup("torch.nn.utils.parametrize", _name)
 _unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
+_dispatch_depth = lookup("torch._C", "_len_torch_dispatch_stack")
+_function_depth = lookup("torch._C", "_len_torch_function_stack")
+_tracing_state = lookup("torch._C", "_get_tracing_state")
 _interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
 _saved_tensors_hooks: Any = lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _find_builtin = lookup("torch.jit._builtins", "_find_builtin")
@@ -164,6 +178,13 @@ def inside_functorch() -> bool:
     return _interpreter() is not None
 
 
+def is_plain_eager() -> bool:
+    """Check whether code runs as it is: under no mode or transform, and traced by nobody."""
+    return not (
+        _dispatch_depth() or _function_depth() or _interpreter() is not None or _tracing_state()
+    )
+
+
 def call_with_hooks(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
     """Call a module with its hooks, past a tracer that has replaced ``Module.__call__``."""
     return module._call_impl(*args)  # type: ignore[no-untyped-call]
@@ -192,6 +213,16 @@ def is_opaque_reference(value: object) -> bool:
     except ImportError:
         return False
     return isinstance(value, OpaqueBase) and bool(is_opaque_reference_type(type(value)))
+
+
+def torch_region() -> dict[Any, Any] | None:
+    """Return what torch's own ``cached()`` keeps values in, if such a block is open; else None.
+
+    It is another dictionary in each outermost block, and of all threads. Torch looks values up in
+    it by the identity of a module and the name of a tensor.
+    """
+    kept: dict[Any, Any] | None = _parametrize._cache if _parametrize._cache_enabled else None
+    return kept
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

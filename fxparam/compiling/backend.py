@@ -18,17 +18,22 @@ from fxparam._torch.dynamo import (
     restart_trace,
     trace_number,
 )
+from fxparam._torch.guards import guard_shared_memory
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import with_values_of_region
+from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
-from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
+from fxparam.graph.torch_bugs.recomputed_values import (
+    save_what_may_change,
+    saving_what_may_change,
+)
 from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
 from fxparam.marks import EVALUATION, REGION, VALUE, settle
 from fxparam.scopes.under_dynamo import forget_models
@@ -103,9 +108,14 @@ class Backend:
         except PassFailedError as error:
             self._give_up(error)
         self._record(result)
+        if len(result.apart) > 1:
+            guard_shared_memory(result.apart)
         if result.has_bodies:
             allow_scalar_outputs(gm)
-        with keep_saved_tensors(has_bodies=result.has_bodies):
+        with (
+            keep_saved_tensors(has_bodies=result.has_bodies),
+            saving_what_may_change(by_inductor=self._inner == "inductor"),
+        ):
             compiled = inner(gm, example_inputs)
         return compiled
 
@@ -156,7 +166,7 @@ class Backend:
             configured: Callable[..., Any] = inductor_with(
                 mode,
                 options,
-                joint_custom_pre_pass=save_reads_of_overwritten_inputs,
+                joint_custom_pre_pass=save_what_may_change,
                 post_grad_custom_pre_pass=show_what_bodies_pass_on,
             )
             return configured
@@ -212,3 +222,5 @@ def backend(
 
 #: What the entry point ``fxparam`` names.
 default = Backend("inductor")
+
+leave_own_frames_to_eager_code()

@@ -24,6 +24,7 @@ __all__ = [
     "assigned_originals",
     "check_appended",
     "check_modules",
+    "check_name",
     "check_not_scripted",
     "check_takes_one_tensor",
     "check_value",
@@ -84,11 +85,11 @@ def registrable(module: Module, name: str) -> Tensor:
             "have before its first call.\nrequired: a tensor with a shape\n"
             f"found: {type(module).__name__}.{name} is uninitialized\nCall the module once before."
         )
-    _check_name(module, name)
+    check_name(module, name)
     return tensor
 
 
-def _check_name(module: Module, name: str) -> None:
+def check_name(module: Module, name: str) -> None:
     """Raise if the module cannot keep a parametrization list under ``name``.
 
     Raises:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict
 
 from fxparam.eager import reading
+from fxparam.eager.describe import first_names
 from fxparam.eager.pickling import KEY, reduce_method, setstate_method
 from fxparam.eager.reset import reset_parameters
 
@@ -92,6 +93,7 @@ def make_class(original: type, names: frozenset[str]) -> type:
                 "__doc__": original.__doc__,
                 "__reduce_ex__": reduce_method(original, names, rebuild),
                 "__setstate__": setstate_method(original),
+                "__format__": _format_method(original),
                 **{name: _property(original, name) for name in sorted(names)},
             }
             if hasattr(original, "reset_parameters"):
@@ -101,6 +103,22 @@ def make_class(original: type, names: frozenset[str]) -> type:
             cls = meta(f"Parametrized{original.__name__}", (original,), namespace)
             _classes[original, names] = cls
         return cls
+
+
+def _format_method(original: Any) -> Callable[[Any, str], str]:
+    """Return the ``__format__`` of a shared class.
+
+    ``torch.nn.utils.remove_weight_norm`` and the like say of what they do not know that there is
+    nothing to be found in ``f"{module}"``. It therefore says by what parametrizations are removed.
+    Printed modules do not.
+    """
+
+    def __format__(self: Module, spec: str) -> str:
+        shown: str = original.__format__(self, spec)
+        names = first_names(chains_of(self) or ())
+        return f"{shown}\n(parametrized, until fxparam.remove_parametrizations: {names})"
+
+    return __format__
 
 
 def _reset_method(original: Any) -> Callable[..., Any]:
@@ -183,7 +201,7 @@ def _read(module: Module, name: str, chain: Module) -> Tensor:
     try:
         if torch.compiler.is_dynamo_compiling():
             return reading.present().traced_value(chain)
-        return reading.present().value(chain)
+        return reading.present().value(chain, name)
     except AttributeError as error:
         raise EvaluationError(module, name, error) from error
 

@@ -57,6 +57,13 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
         [[0.0, 0.0], [0.0, 0.0]]
     """
 
+    #: Whether a scope has its value, as :func:`fxparam.accumulate` sets it for a block.
+    in_step = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: everything but the scope it is in."""
+        return {k: v for k, v in self.__dict__.items() if k != "in_step"}
+
     def __init__(
         self, modules: Sequence[Module], original: Tensor | Parameter, unsafe: bool = False
     ) -> None:
@@ -82,6 +89,23 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
             writes.plan(original, new)
             writes.commit()
             self._set_original("original", original)
+
+    @classmethod
+    def of(cls, step: Module, *originals: Tensor) -> ParametrizationList:
+        """Return a list that is not checked, with originals that are what its step has been given.
+
+        Args:
+            step: the one parametrization.
+            originals: the tensors that it is called with.
+        """
+        chain: ParametrizationList = cls.__new__(cls)
+        ModuleList.__init__(chain, [step])
+        chain.unsafe = False
+        chain.is_tensor = len(originals) == 1
+        chain.ntensors = len(originals)
+        for i, original in enumerate(originals):
+            chain._set_original("original" if chain.is_tensor else f"original{i}", original)
+        return chain
 
     def _set_original(self, name: str, value: Any) -> None:
         self._parameters.pop(name, None)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from fxparam.eager.hooks import TensorHook
+
 __all__ = ["KEY", "WeightNormKeys", "reduce_method", "setstate_method"]
 
 #: The attribute of a shared class that holds its original class and its parametrized names.
@@ -89,7 +91,7 @@ def setstate_method(original: Any) -> Callable[[Any, Any], None]:
     return __setstate__
 
 
-class WeightNormKeys:
+class WeightNormKeys(TensorHook):
     """Rename ``<name>_g`` and ``<name>_v`` in a state dict to the originals of ``<name>``."""
 
     def __init__(self, name: str) -> None:

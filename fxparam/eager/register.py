@@ -9,13 +9,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from torch import Tensor
-from torch.nn import Module, ModuleDict, Parameter
+from torch.nn import Module, ModuleDict
 
-from fxparam.eager import checks
-from fxparam.eager.classes import chain_of, chains_of, make_class, original_class
+from fxparam.eager import checks, reading
+from fxparam.eager.classes import chain_of, chains_of, original_class
 from fxparam.eager.describe import first_names, kind_of, spelled
-from fxparam.eager.originals import register
+from fxparam.eager.hooks import drop_hooks
+from fxparam.eager.install import class_with, install, uninstall
 from fxparam.eager.parametrization_list import ParametrizationList
 from fxparam.eager.plain import plain_tensor
 from fxparam.eager.rollback import unchanged_if_refused
@@ -90,16 +90,17 @@ def register_parametrization(
             parametrization.train(module.training)
             checks.check_takes_one_tensor(parametrization, tensor_name)
             if not unsafe:
-                checks.check_appended(getattr(module, tensor_name), parametrization, tensor_name)
+                value = reading.present().value(chain, "")
+                checks.check_appended(value, parametrization, tensor_name)
             chain.append(parametrization)
             chain.unsafe |= unsafe
         return module
     original = checks.registrable(module, tensor_name)
-    cls = _class_with(module, tensor_name)
+    cls = class_with(module, tensor_name)
     with unchanged_if_refused(parametrization, tensor=original):
         parametrization.train(module.training)
         chain = ParametrizationList([parametrization], original, unsafe=unsafe)
-    _install(module, tensor_name, chain, cls)
+    install(module, tensor_name, chain, cls)
     return module
 
 
@@ -168,13 +169,8 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
         )
     with unchanged_if_refused(chain):
         plain = plain_tensor(module, tensor_name, chain, leave_parametrized)
-    cls = _class_without(module, tensor_name)
-    chains: Any = chains_of(module)
-    del chains[tensor_name]
-    if len(chains) == 0:
-        del module._modules["parametrizations"]
-    object.__setattr__(module, "__class__", cls)
-    _restore(module, tensor_name, plain)
+    uninstall(module, tensor_name, plain)
+    drop_hooks(module, tensor_name)
     return module
 
 
@@ -250,52 +246,7 @@ def transfer_parametrizations_and_params(
     for name, chain in chains.items():
         present = chain_of(to_module, name)
         if present is None:
-            _install(to_module, name, chain, _class_with(to_module, name))
+            install(to_module, name, chain, class_with(to_module, name))
         else:
             present.__dict__.update(chain.__dict__)
     return to_module
-
-
-def _class_with(module: Module, name: str) -> type:
-    """Return the class for ``module`` once ``name`` is parametrized too."""
-    original = original_class(type(module))
-    if original is None:
-        # Not parametrized, or a class was put on top since: either way, what is there stays.
-        return make_class(type(module), frozenset({name}))
-    return make_class(original, frozenset({*(chains_of(module) or ()), name}))
-
-
-def _class_without(module: Module, name: str) -> type:
-    """Return the class for ``module`` once ``name`` is plain again."""
-    original = original_class(type(module))
-    if original is None:
-        return type(module)
-    return make_class(original, frozenset(chains_of(module) or ()) - {name})
-
-
-def _install(module: Module, name: str, chain: ParametrizationList, cls: type) -> None:
-    """Put a list in the place of ``module.<name>`` and give the module its new class.
-
-    Every check has passed: nothing here can fail.
-    """
-    chains = chains_of(module)
-    if chains is None:
-        chains = ModuleDict()
-        module.__dict__.pop("parametrizations", None)
-        # Not by setattr: a class may have a __setattr__ of its own.
-        module._modules["parametrizations"] = chains
-    module._parameters.pop(name, None)
-    module._buffers.pop(name, None)
-    module._non_persistent_buffers_set.discard(name)
-    chains[name] = chain
-    object.__setattr__(module, "__class__", cls)
-
-
-def _restore(module: Module, name: str, tensor: Tensor) -> None:
-    """Register ``tensor`` on ``module`` as a plain parameter or buffer."""
-    if hasattr(type(module), name):
-        # The class has an attribute of this name, for which register_parameter refuses.
-        store: Any = module._parameters if isinstance(tensor, Parameter) else module._buffers
-        store[name] = tensor
-    else:
-        register(module, name, tensor)

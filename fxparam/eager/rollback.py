@@ -34,25 +34,32 @@ def attributes_kept(root: Module) -> Iterator[None]:
         before.restore()
 
 
-@contextmanager
-def unchanged_if_refused(*roots: Module, tensor: Tensor | None = None) -> Iterator[None]:
+class unchanged_if_refused:  # noqa: N801  # used as a function
     """Give modules their attributes and their tensors' values back if the block raises.
+
+    A class: Dynamo would compile the helpers of ``contextlib`` where code after a graph break
+    assigns a parametrized tensor.
 
     Args:
         roots: modules, with all that are in them.
         tensor: one more tensor, which none of them holds.
     """
-    modules = [module for root in roots for module in root.modules()]
-    held = {id(t): t for module in modules for t in _tensors_of(module)}
-    if tensor is not None:
-        held[id(tensor)] = tensor
-    steps = [Attributes(modules).restore, *map(_values, held.values())]
-    try:
-        yield
-    except BaseException:
-        for restore in steps:
-            restore()
-        raise
+
+    def __init__(self, *roots: Module, tensor: Tensor | None = None) -> None:
+        self._modules = [module for root in roots for module in root.modules()]
+        self._held = {id(t): t for module in self._modules for t in _tensors_of(module)}
+        if tensor is not None:
+            self._held[id(tensor)] = tensor
+        self._steps: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        attributes = Attributes(self._modules)
+        self._steps = [attributes.restore, *map(_values, self._held.values())]
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is not None:
+            for restore in self._steps:
+                restore()
 
 
 def _tensors_of(module: Module) -> Iterator[Tensor]:

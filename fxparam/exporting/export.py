@@ -13,11 +13,14 @@ from torch.fx import GraphModule
 from torch.nn import Module
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxparam.eager.adopt import adopt
+from fxparam.eager.adopt import adopt_classes
+from fxparam.eager.describe import first_names
 from fxparam.exporting.attributes import Attributes
 from fxparam.exporting.evaluations import mark_evaluations
 from fxparam.exporting.fold import fold
 from fxparam.exporting.module_stacks import call_from_root
+from fxparam.exporting.old_style import refuse_model
+from fxparam.exporting.subclasses import subclass_values, with_plain_values
 from fxparam.graph import analyze, hoist
 from fxparam.graph.analysis.derived import PARAMETER
 from fxparam.graph.analysis.nodes import owner
@@ -59,8 +62,9 @@ def export(
             the parametrized tensors, and neither the originals nor the operations. For inference.
 
     Raises:
-        ValueError: with ``fold``, a parametrization has effects or depends on the inputs; the
-            message names the tensor.
+        ValueError: with ``fold``, a parametrization has effects or depends on the inputs, or an
+            old-style hook computes a tensor; the message names the tensor. Without ``fold``, what
+            torch cannot export has parametrizations that return tensor subclasses.
         Exception: what :func:`torch.export.export` raises.
 
     Source: :func:`torch.export.export`.
@@ -75,7 +79,14 @@ def export(
         >>> sorted(fxparam.export(layer, (torch.ones(1, 2),), fold=True).state_dict)
         ['bias', 'weight']
     """
-    program = _captured(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+    if fold:
+        refuse_model(model)
+    options = {"dynamic_shapes": dynamic_shapes, "strict": strict}
+    try:
+        program = _captured(model, args, kwargs, **options)
+    except Exception as error:
+        plain = _with_plain_values(model, args, kwargs, fold=fold, error=error)
+        program = _captured(plain, args, kwargs, **options)
     _share(program)
     return _fold(program) if fold else program
 
@@ -108,6 +119,31 @@ def _captured(model: Any, args: Any, kwargs: Any, *, strict: bool, **options: An
             raise
 
 
+def _with_plain_values(model: Any, args: Any, kwargs: Any, *, fold: bool, error: Exception) -> Any:
+    """Return a copy of a model that could not be traced, without values that are subclasses.
+
+    Raises:
+        Exception: ``error``, if there are none.
+        ValueError: if they are not to be folded, or cannot be.
+    """
+    values = {}
+    if _has_parametrizations(model):
+        with outside_regions():
+            values = subclass_values(model)
+    if not values:
+        raise error
+    if fold:
+        with outside_regions():
+            return with_plain_values(model, values, args, kwargs)
+    kinds = [f"{name} ({value.kind})" for name, value in values.items()]
+    raise ValueError(
+        "torch.export.export fails on a model whose parametrizations return tensor subclasses.\n"
+        f"required: plain tensors\nfound: {first_names(kinds)}\n"
+        "Export with fold=True, which evaluates them beforehand, or let the parametrizations "
+        "return plain tensors. What torch said is the cause of this error."
+    ) from error
+
+
 def _has_parametrizations(model: object) -> bool:
     if not isinstance(model, Module):
         return False
@@ -118,7 +154,7 @@ def _has_parametrizations(model: object) -> bool:
 def _adopted(model: Module) -> Iterator[None]:
     """Let ``cached()`` serve parametrizations that were registered through torch as well."""
     classes = [(module, type(module)) for module in model.modules()]
-    adopt(model)
+    adopt_classes(model)
     try:
         yield
     finally:

@@ -41,6 +41,7 @@ from fxparam.exporting.mode_blocks import (
     readers,
 )
 from fxparam.exporting.module_stacks import place_before_users
+from fxparam.exporting.old_style import refuse_program
 from fxparam.graph import analyze, hoist
 from fxparam.graph.analysis.bodies import call_of
 from fxparam.graph.analysis.derived import PARAMETER
@@ -72,7 +73,9 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         TypeError: ``program`` is no exported program.
         ValueError: a parametrization draws random numbers, writes (spectral norm in training
             does), depends on the program's inputs or on what the program writes, or stays in a
-            body that may not run, or that reads an original of it; the message names the tensor.
+            body that may not run, or that reads an original of it; or it is no parametrization that
+            computes a tensor, but old-style weight norm or spectral norm. The message names the
+            tensor.
             Decomposed solvers (``orthogonal`` by Cayley's map) check for singular matrices, which
             counts as an effect, and what was a ``no_grad`` block before decomposing does not say
             what evaluates in it: fold first.
@@ -88,6 +91,7 @@ def fold(program: ExportedProgram) -> ExportedProgram:
         ['p_bias', 'p_weight', 'input', 'linear', 'output']
     """
     check_kind("program", program, ExportedProgram, "fxparam.export makes one of a model.")
+    refuse_program(program)
     signature = program.graph_signature
     gm = _copy_of(program.graph_module)
     specs = dict(zip(gm.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))

@@ -7,7 +7,7 @@ from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.report import Entry, Refusal, Report
 from fxparam.graph.rules import Rule, refusal
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
-from fxparam.graph.torch_bugs.overwritten_inputs import save_reads_of_overwritten_inputs
+from fxparam.graph.torch_bugs.recomputed_values import save_what_may_change
 
 __all__ = [
     "EffectTable",
@@ -22,6 +22,6 @@ __all__ = [
     "evaluations",
     "hoist",
     "refusal",
-    "save_reads_of_overwritten_inputs",
+    "save_what_may_change",
     "show_what_bodies_pass_on",
 ]

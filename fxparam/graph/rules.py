@@ -202,7 +202,7 @@ def is_an_input_written_around(outer: EffectTable, table: EffectTable, node: Nod
     A checkpointed region is run again in backward, in eager code too, and reads originals as they
     are by then; outside the region the value would be the one of forward. And a partitioner may
     recompute in backward, from an input that the graph overwrites, what it cannot recompute while
-    it is in a body (``torch_bugs/overwritten_inputs.py``).
+    it is in a body (``torch_bugs/recomputed_values.py``).
     """
     return outer.written(table.of[node].reads)
 

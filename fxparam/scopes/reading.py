@@ -17,29 +17,30 @@ __all__ = ["ScopedReading", "training_modes"]
 class ScopedReading(reading.Reading):
     """Reads the value that the region around the code has, and evaluates where there is none."""
 
-    def value(self, chain: Module) -> Tensor:
+    def value(self, chain: Module, name: str) -> Tensor:
         """Return the value of a parametrized tensor, for code that runs."""
-        if store.active:
-            return store.read(chain)
-        return chain()  # type: ignore[no-any-return]
+        if store.active or _is_in_step(chain):
+            return store.read(chain, name)
+        return reading.evaluated(chain, name)
 
     def traced_value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that Dynamo traces.
 
-        Here it is decided how the tensor is read: in a region that begins in the traced code, as
-        an evaluation marked as part of it; outside every region, as a plain evaluation; in an eager
-        region around, as the value that the graph is given, or else outside of the graph.
+        Here it is decided how the tensor is read: in a region that begins in the traced code, be it
+        one of torch's, as an evaluation marked as part of it; outside every region, as a plain
+        evaluation; in an eager region around, as the value that the graph is given, or else outside
+        of the graph.
         """
-        if under_dynamo.is_open():
+        if under_dynamo.is_open() and not _is_in_step(chain):
             return _marked(chain)
-        if not store.active:
-            return chain()  # type: ignore[no-any-return]
+        if not store.active and not _is_in_step(chain):
+            return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
         return _given(chain, around) if around else store.read(chain)
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
-        if store.active:
+        if store.active or _is_in_step(chain):
             store.forget(chain)
 
     def is_shared(self) -> bool:
@@ -48,6 +49,14 @@ class ScopedReading(reading.Reading):
 
 
 reading.use(ScopedReading())
+
+
+def _is_in_step(chain: Module) -> bool:
+    """Check whether an ``accumulate()`` block has the value of a list.
+
+    A list that torch's functions made, on a module of ours, has no such attribute.
+    """
+    return getattr(chain, "in_step", False)
 
 
 @store.untraced
@@ -80,6 +89,21 @@ def _region_around(chain: Module) -> str:
     if under_dynamo.changes() or under_dynamo.is_shared():
         return ""
     return under_dynamo.region_around(id(chain))
+
+
+def _outside(chain: Module, mark: str) -> Tensor:
+    """Return an evaluation outside of our regions.
+
+    Args:
+        chain: a ``ParametrizationList``.
+        mark: that of the block of torch's own ``cached()`` that the code has entered; or empty.
+    """
+    if not mark:
+        return chain()  # type: ignore[no-any-return]
+    if mark == under_dynamo.UNTRACEABLE:
+        return store.read(chain)
+    with annotate({marks.REGION: mark}):
+        return _marked(chain)
 
 
 def _given(chain: Module, around: str) -> Tensor:

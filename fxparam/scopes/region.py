@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn import Module
 
 from fxparam import marks
 from fxparam._torch.dynamo import annotate
+from fxparam.eager.adopt import adopt_classes
+from fxparam.eager.checks import check_modules
 from fxparam.scopes import store, under_dynamo
 
 __all__ = ["cached"]
@@ -34,8 +37,16 @@ def _out_of_order() -> None:
     """
 
 
+@store.untraced
+def _adopt(models: tuple[Module, ...]) -> None:
+    """Make the parametrizations of models ours, which Dynamo cannot trace."""
+    check_modules(**{f"models[{i}]": model for i, model in enumerate(models)})
+    for model in models:
+        adopt_classes(model)
+
+
 @contextmanager
-def cached() -> Iterator[None]:
+def cached(*models: Module) -> Iterator[None]:
     """Share the value of every parametrized tensor in a ``with`` block (or decorated function).
 
     The first access evaluates; later ones get the same tensor object. A value is handed out again
@@ -51,7 +62,17 @@ def cached() -> Iterator[None]:
     evaluates at each access, unless a region is in it: it runs again in backward. Shapes and
     dtypes are those of ``module.<name>`` outside a region.
 
+    torch's own ``parametrize.cached()`` is such a region for what is registered with fxparam or
+    adopted. The other way round, tensors that are registered with torch alone are evaluated at each
+    access in this region, unless their model is given.
+
+    Args:
+        models: modules whose parametrizations, registered through torch, are made ours for good, as
+            :func:`fxparam.adopt` does; old-style hooks are left alone. None is needed for what is
+            ours already. In compiled code this leaves the graph.
+
     Raises:
+        TypeError: if one of ``models`` is not a module.
         RuntimeError: on reading a parametrized tensor while ``torch.jit.trace`` runs inside the
         region.
 
@@ -82,6 +103,8 @@ def cached() -> Iterator[None]:
         ...     print(layer.weight is layer.weight)
         True
     """
+    if models:
+        _adopt(models)
     # Constant while Dynamo traces, which follows one of the two.
     mark = _new_region() if torch.compiler.is_dynamo_compiling() else ""
     if mark and store.active:

@@ -7,6 +7,8 @@ never share a region. So is a checkpointed function that is called in a region: 
 backward, maybe after the region, has to evaluate and save as much as it did then, and finds what it
 had saved by counting.
 
+A block of torch's own ``cached()`` is a region as well, for the parametrized tensors that are ours.
+
 Dynamo cannot trace a context variable (https://github.com/pytorch/pytorch/issues/186449), and a
 guard on a ``threading.local`` compares the wrong dictionary. It does guard an attribute of a
 module, by reading it again at each call. ``active`` is therefore a property of *this module*: eager
@@ -19,7 +21,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -29,7 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around
+from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around, torch_region
+from fxparam.eager.lost_writes import say_if_lost
+from fxparam.eager.reading import evaluated
 from fxparam.scopes.modes import ambient
 from fxparam.scopes.snapshot import HeldValue, Snapshot
 
@@ -42,6 +46,8 @@ __all__ = [
     "leave",
     "outside_regions",
     "read",
+    "step_of",
+    "stepping",
     "untraced",
 ]
 
@@ -78,6 +84,23 @@ class Region:
         if self.depth == 0:
             self.entries.clear()
 
+    def evaluate(self, chain: Module, name: str) -> Tensor:
+        """Return what the region is to hold of a new evaluation.
+
+        Args:
+            chain: a ``ParametrizationList``.
+            name: the name of the tensor, for a warning; empty for none.
+        """
+        return evaluated(chain, name)
+
+    def hand_out(self, value: Tensor) -> Tensor:
+        """Return what one reader gets of a value that the region holds."""
+        return value
+
+    def forget(self, chain: Module) -> None:
+        """Drop the values of a list, whose originals are about to be assigned."""
+        self.entries.pop(chain, None)
+
     @property
     def usable(self) -> bool:
         """Check whether the region is open, in this thread and this call of a checkpoint."""
@@ -89,12 +112,58 @@ class Region:
 
 
 _region: ContextVar[Region | None] = ContextVar("fxparam_region", default=None)
+# Is not usable, and stands for being outside torch's own regions too.
+_OUTSIDE = Region()
+
+# The open ``accumulate()`` block of a parametrization list, in whatever thread.
+_steps: WeakKeyDictionary[Module, Region] = WeakKeyDictionary()
 
 
 def current() -> Region | None:
     """Return the region the running code is in, or None."""
     region = _region.get()
-    return region if region is not None and region.usable else None
+    if region is not None and region.usable:
+        return region
+    return None if region is _OUTSIDE else _region_of_torch()
+
+
+def _region_of_torch() -> Region | None:
+    """Return the present thread's region in the block of torch's own ``cached()``, if one is open.
+
+    torch keeps it with the values of that block, and drops it with them. In a checkpointed function
+    it is not known whether the block is around the function or in it: hence none.
+    """
+    kept = torch_region()
+    if kept is None or checkpoint_around() is not None:
+        return None
+    key = (threading.get_ident(), "fxparam")
+    region: Region | None = kept.get(key)
+    if region is None:
+        region = kept[key] = Region()
+        region.enter()
+    return region
+
+
+def step_of(chain: Module) -> Region | None:
+    """Return the open ``accumulate()`` block that evaluates a parametrization list, or None."""
+    step = _steps.get(behind_proxy(chain))
+    return step if step is not None and step.usable else None
+
+
+@contextmanager
+def stepping(step: Region, chains: Iterable[Module]) -> Iterator[None]:
+    """Let a block hold the values of parametrization lists, in whatever thread they are read."""
+    step.enter()
+    for chain in chains:
+        _steps[chain] = step
+        chain.in_step = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for chain in chains:
+            _steps.pop(chain, None)
+            chain.__dict__.pop("in_step", None)
+        step.leave()
 
 
 class _ContextModule(types.ModuleType):
@@ -139,7 +208,7 @@ def leave(entered: tuple[Region, Token[Region | None] | None]) -> None:
 @contextmanager
 def outside_regions() -> Iterator[None]:
     """Leave the regions around the block, for the block."""
-    token = _region.set(None)
+    token = _region.set(_OUTSIDE)
     try:
         yield
     finally:
@@ -155,11 +224,12 @@ def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
 
 
 @untraced
-def read(chain: Module) -> Tensor:
+def read(chain: Module, name: str = "") -> Tensor:
     """Return the value of ``chain`` in the current region: one that is still right, or a new one.
 
     Args:
         chain: a ``ParametrizationList``.
+        name: the name of the tensor, for a warning; empty for none.
 
     Raises:
         RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
@@ -172,7 +242,7 @@ def read(chain: Module) -> Tensor:
             "required: torch.jit.trace outside of fxparam.cached()\n"
             "found: torch.jit.trace inside of it"
         )
-    region = current()
+    region = step_of(chain) or current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
     now, modes = Snapshot(chain), active_modes()
@@ -180,8 +250,10 @@ def read(chain: Module) -> Tensor:
     key = _key(now, modes)
     entry = entries.get(key)
     if entry is not None and entry.holds(now):
-        return entry.value
-    value: Tensor = chain()
+        return region.hand_out(entry.value)
+    if entry is not None:
+        say_if_lost(entry.value)
+    value = region.evaluate(chain, name)
     # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
     # make its value stale.
     now = Snapshot(chain)
@@ -191,12 +263,12 @@ def read(chain: Module) -> Tensor:
         entries[_key(now, modes)] = entry
         if len(entries) > _KEPT:
             del entries[next(iter(entries))]
-    return value
+    return region.hand_out(value)
 
 
 @untraced
 def forget(chain: Module) -> None:
     """Drop the current region's values of ``chain``, whose originals are about to be assigned."""
-    region = current()
+    region = step_of(chain) or current()
     if region is not None:
-        region.entries.pop(behind_proxy(chain), None)
+        region.forget(behind_proxy(chain))

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 import torch
 from torch.fx import Node
 from torch.nn import Module
+from torch.nn.utils import parametrize
 
 from fxparam import marks
 from fxparam._torch.dynamo import (
@@ -36,6 +37,7 @@ from fxparam._torch.dynamo import (
     traced_code,
     traced_for,
     traced_module,
+    traced_torch_region,
     traces_function_modes,
 )
 from fxparam._torch.fx import written_argument
@@ -58,6 +60,7 @@ __all__ = [
     "region",
     "region_around",
     "retrace_without",
+    "torch_region",
 ]
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -97,12 +100,14 @@ class _Memory:
         models: by the code of a frame, one parametrization list of each model for which the frame
             was compiled with values of a region.
         latest: the compilation that is going on, or was the last.
+        torch_regions: what stands for blocks of torch's own ``cached()`` in a trace, with marks.
     """
 
     numbers: Iterator[int] = field(default_factory=itertools.count)
     chains: WeakValueDictionary[int, Module] = field(default_factory=WeakValueDictionary)
     models: WeakKeyDictionary[CodeType, WeakSet[Module]] = field(default_factory=WeakKeyDictionary)
     latest: _Compilation = field(default_factory=lambda: _Compilation(None, True))
+    torch_regions: list[tuple[object, str]] = field(default_factory=list)
 
     def present_compilation(self) -> _Compilation:
         """Return the compilation that is going on; a new one if Dynamo has begun another frame."""
@@ -134,7 +139,32 @@ def region(own: CodeType) -> str:
     """
     if not _is_traced_for_ours() or is_in_traced_generator(own):
         return ""
-    return _present(marks.REGION) or marks.region(trace_number(), next(_memory.numbers))
+    return _present(marks.REGION) or torch_region() or _new_mark()
+
+
+def _new_mark() -> str:
+    return marks.region(trace_number(), next(_memory.numbers))
+
+
+@constant
+def torch_region() -> str:
+    """Return the mark of the block of torch's own ``cached()`` that the traced code has entered.
+
+    Empty outside, :data:`UNTRACEABLE` where marks do not do.
+    """
+    block = traced_torch_region()
+    if block is None:
+        return ""
+    if not _is_traced_for_ours():
+        return UNTRACEABLE
+    trace = trace_number()
+    # Of this trace alone; kept, so that no other block gets the same identity.
+    known = [each for each in _memory.torch_regions if marks.is_of_trace(each[1], trace)]
+    mark = next((mark for other, mark in known if other is block), None)
+    if mark is None:
+        mark = _new_mark()
+        _memory.torch_regions = [*known, (block, mark)]
+    return mark
 
 
 def _is_traced_for_ours() -> bool:
@@ -275,13 +305,13 @@ def assignments(chain: int) -> str:
 def changes() -> str:
     """Return a text of what traced code has changed of objects from before; empty if nothing.
 
-    Writes to tensors are not in it. The values of a region are read before the graph runs, and with
-    it before these changes.
+    Writes to tensors are not in it, and blocks of torch's own ``cached()``. The values of a region
+    are read before the graph runs, and with it before these changes.
     """
     return " ".join(
         f"{type(owner).__name__}.{name}"
         for owner, name, node in traced_changes()
-        if not _is_put_back(owner, name, node)
+        if owner is not parametrize and not _is_put_back(owner, name, node)
     )
 
 

@@ -6,8 +6,10 @@ of a graph each call is a node, ``torch.rand(3)`` and switches of the grad mode 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from fxparam.tracing.proxies import Recorded, keep_old_numbers
 __all__ = ["Retracer"]
 
 _is_grad_enabled = torch.is_grad_enabled
+# By their id(), as globals of generated code need not compare with functions.
+_ANSWERED_BY_PYTHON = set(map(id, (operator.not_, operator.truth, operator.is_, operator.is_not)))
 
 
 class Retracer(torch.fx.Tracer):
@@ -52,6 +56,7 @@ class Retracer(torch.fx.Tracer):
             for kind in _kinds(HigherOrderOperator):
                 stack.enter_context(replaced(kind, "__call__", call))
             stack.enter_context(replaced(torch, "is_grad_enabled", ask))
+            stack.enter_context(_answers_recorded(root, call))
             stack.enter_context(_RecordCalls(self))
             graph = super().trace(root, concrete_args)
         keep_old_numbers(graph)
@@ -61,6 +66,26 @@ class Retracer(torch.fx.Tracer):
     def proxy(self, node: Node) -> Proxy:
         """Return a proxy that records operators in place."""
         return Recorded(node, self)
+
+
+@contextmanager
+def _answers_recorded(root: Any, call: Callable[..., Any]) -> Iterator[None]:
+    """Record calls of functions that Python answers itself, with True or False, for any object.
+
+    A proxy is never asked, or asked in a way that it must refuse (``test_pickled_answers``). The
+    generated code finds each under a global name of its own.
+
+    Args:
+        root: a module whose ``forward`` is the code.
+        call: records a call of its first argument.
+    """
+    names = getattr(type(root).forward, "__globals__", {})
+    before = {name: value for name, value in names.items() if id(value) in _ANSWERED_BY_PYTHON}
+    names.update({name: partial(call, value) for name, value in before.items()})
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 def _kinds(kind: type) -> Iterator[type]:

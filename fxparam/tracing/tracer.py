@@ -253,12 +253,12 @@ def _refusing_functions() -> Any:
     The graph would have the nodes of its forward alone, with their own derivatives
     (``test_a_custom_backward_is_not_lost``).
     """
-    original: Any = torch.autograd.Function.apply
+    original: Any = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, Proxy) for leaf in tree_flatten((args, kwargs))[0]):
             raise NotImplementedError(f"{cls.__name__}, whose backward would be lost")
-        return original.__func__(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(apply)
 

@@ -148,3 +148,9 @@ def test_adopt_under_a_metaclass(cls: type[nn.Linear]) -> None:
     twin = pickle.loads(pickle.dumps(first))
     assert torch.equal(twin.weight, first.weight)
     assert type(ours.remove_parametrizations(first, "weight")) is cls
+
+
+def test_adopt_leaves_scripted_modules_alone() -> None:
+    scripted = torch.jit.script(zoo.linear())
+    model = nn.Sequential(scripted, weight_norm(nn.Linear(3, 3)))
+    assert is_ours(ours.adopt(model)) and model[0] is scripted

@@ -245,3 +245,16 @@ def test_twenty_regions_with_torch() -> None:
         pytest.skip("regions are traced each time whatever the class, in this version")
     with pytest.raises(Exception, match="maximum reuse entries"):
         regions(model)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_torchs_removers_of_hooks_name_the_right_function(norm: str) -> None:
+    wrap = getattr(nn.utils.parametrizations, norm)
+    for layer in (ours.adopt(wrap(nn.Conv1d(2, 3, 2))), ours.adopt(wrap(nn.Linear(2, 2)))):
+        assert "remove_parametrizations" not in str(layer) + repr(layer)
+        before = zoo.everything(layer)
+        with pytest.raises(ValueError, match=r"fxparam.remove_parametrizations: \['weight'\]"):
+            getattr(nn.utils, f"remove_{norm}")(layer)
+        assert zoo.everything(layer) == before
+        ours.remove_parametrizations(layer, "weight")
+        assert f"{layer}" == str(layer)

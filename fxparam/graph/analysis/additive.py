@@ -34,6 +34,7 @@ _UNARY = {
     *("neg", "getitem", "clone", "contiguous", "detach", "positive", "conj", "real", "imag"),
     *("view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "reshape_as"),
     *("transpose", "permute", "t", "movedim", "swapaxes", "squeeze", "unsqueeze", "flip", "roll"),
+    *("mT", "mH", "T", "H"),
     *("narrow", "select", "slice", "chunk", "split", "unbind", "diagonal", "diag_embed", "diag"),
     *("sum", "mean", "cumsum", "sum_to_size", "tril", "triu", "repeat", "index_select"),
     *("to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"),

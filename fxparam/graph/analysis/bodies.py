@@ -24,7 +24,7 @@ class _Layout:
     """Where an op keeps its bodies and operands.
 
     Attributes:
-        bodies: positions of the bodies.
+        bodies: positions of the bodies, or of lists of them.
         varying: positions of the argument lists that differ between runs: carries and slices.
         operands: position of the list of operands that stay; the rest of the arguments if
             ``spread``.
@@ -48,6 +48,7 @@ _LAYOUTS = {
     "map_impl": _Layout(bodies=(0,), varying=(1,), operands=2),
     "while_loop": _Layout(bodies=(0, 1), varying=(2,), operands=3, always=(0,)),
     "cond": _Layout(bodies=(1, 2), varying=(), operands=3, branches=True),
+    "switch": _Layout(bodies=(1,), varying=(), operands=2, branches=True),
     "wrap_with_set_grad_enabled": _Layout((1,), (), 2, spread=True, always=(1,), inlined=True),
     "wrap_with_autocast": _Layout((4,), (), 5, spread=True, always=(4,), inlined=True),
     "wrap": _Layout((0,), (), 1, spread=True, always=(0,), inlined=True),
@@ -131,14 +132,17 @@ def call_of(gm: GraphModule, node: Node) -> Call | None:
         return None
     if node.kwargs.get("mutated_arg_indices"):
         return None
-    modules = [body_of(gm, node.args[i]) for i in layout.bodies if i < len(node.args)]  # type: ignore[arg-type]
-    if len(modules) < len(layout.bodies) or None in modules:
+    if len(node.args) <= max(layout.bodies):
+        return None
+    placed = [(i, leaf) for i in layout.bodies for leaf in _leaves(node.args[i])]
+    modules = [body_of(gm, leaf) if isinstance(leaf, Node) else None for _, leaf in placed]
+    if not modules or None in modules:
         return None
     varying = tuple(leaf for i in layout.varying for leaf in _leaves(node.args[i]))
     rest = node.args[layout.operands :]
     operands = tuple(rest) if layout.spread else tuple(rest[0])  # type: ignore[arg-type]
     iterations = _iterations(name, node)
-    always = [i in layout.always or bool(iterations) for i in layout.bodies]
+    always = [i in layout.always or bool(iterations) for i, _ in placed]
     bodies = tuple(Body(m, a) for m, a in zip(modules, always, strict=True) if m is not None)
     if any(len(body.placeholders) != len(varying) + len(operands) for body in bodies):
         return None

@@ -17,7 +17,14 @@ from fxparam.graph.analysis.derived import Derived, derive, is_parameter
 from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.nodes import ancestors
 
-__all__ = ["Context", "Level", "inputs_in_each_run", "is_run_again", "levels_of"]
+__all__ = [
+    "Context",
+    "Level",
+    "inputs_in_each_run",
+    "inputs_kept_apart",
+    "is_run_again",
+    "levels_of",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,24 @@ def is_run_again(level: Level, nodes: Iterable[Node]) -> bool:
             return True
         seen.add(run)
     return False
+
+
+def inputs_kept_apart(levels: list[Level]) -> tuple[Node, ...]:
+    """Return the inputs that a capture writes, and those that its evaluations are computed from.
+
+    None if it writes no input. Sharing asks which of them are the same memory.
+
+    Args:
+        levels: its graphs, before any was changed.
+    """
+    (table,) = levels[-1].tables
+    inputs = levels[-1].gm.graph.find_nodes(op="placeholder")
+    written = {n for n in inputs if not table.writers.keys().isdisjoint(table.of[n].storages)}
+    if not written:
+        return ()
+    runs = (run for level in levels for run in inputs_in_each_run(level, level.derived.candidates))
+    read = frozenset().union(*runs)
+    return tuple(node for node in inputs if node in written or node in read)
 
 
 def levels_of(gm: GraphModule, table: EffectTable) -> list[Level]:

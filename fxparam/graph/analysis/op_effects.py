@@ -33,7 +33,15 @@ from fxparam._torch.tensors import geometry, is_wrapper_subclass, storage_of
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 from fxparam.graph.analysis.numbering import literal_key
 
-__all__ = ["UNKNOWN", "OpEffects", "Ops", "call", "is_torch"]
+__all__ = [
+    "POINT_TO_POINT",
+    "RETURNS_ITS_ARGUMENT",
+    "UNKNOWN",
+    "OpEffects",
+    "Ops",
+    "call",
+    "is_torch",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +80,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
             )
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         self.raises |= _may_raise(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return args[0] if qualified_name(func) in RETURNS_ITS_ARGUMENT else result
 
+
+#: Ops that return the memory of their first argument, where neither the schema nor a run on fakes
+#: says so.
+RETURNS_ITS_ARGUMENT = {f"_c10d_functional::{n}" for n in ("wait_tensor", "wait_tensors", "irecv")}
+#: Messages between two ranks: to receive writes a tensor, and to send happens as often as written.
+POINT_TO_POINT = {f"_c10d_functional::{n}" for n in ("isend", "irecv", "batch_p2p_ops")}
 
 #: What cannot be seen is taken to do the worst.
 UNKNOWN = OpEffects(frozenset(), True, known=False, raises=True)
@@ -154,10 +169,10 @@ def _may_raise(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 def _writes_undeclared(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """Where schemas lie: they name no write, and the kernel writes.
 
-    c10d.allreduce_ and its kin write their tensors. The batch norms update their running
-    statistics, unless an argument says that they do not train.
+    c10d.allreduce_ and its kin write their tensors, and so do messages. The batch norms update
+    their running statistics, unless an argument says that they do not train.
     """
-    if func.namespace == "c10d":
+    if func.namespace == "c10d" or qualified_name(func) in POINT_TO_POINT:
         return True
     if not name.startswith("running_"):
         return False

@@ -23,7 +23,7 @@ from fxparam._torch.names import (
     schemas_of,
 )
 from fxparam.graph.analysis.nodes import attribute_of
-from fxparam.graph.analysis.op_effects import is_torch
+from fxparam.graph.analysis.op_effects import POINT_TO_POINT, RETURNS_ITS_ARGUMENT, is_torch
 
 __all__ = ["is_confined", "may_alias", "writes_nothing"]
 
@@ -64,6 +64,7 @@ def may_alias(node: Node) -> bool:
         return True
     schemas = _schemas(node)
     views = any(r.alias_info is not None for s in schemas for r in s.returns)
+    views = views or any(s.name in RETURNS_ITS_ARGUMENT for s in schemas)
     composite = any(s.name not in _ALLOCATES and is_composite(s) for s in schemas)
     return not schemas or views or composite
 
@@ -108,4 +109,4 @@ def _is_pure(schema: Any) -> bool:
     namespace = schema.name.partition("::")[0]
     declared = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
     running = any(a.name.startswith("running_") for a in schema.arguments)
-    return not (declared or running or namespace == "c10d")
+    return not (declared or running or namespace == "c10d" or schema.name in POINT_TO_POINT)

@@ -20,7 +20,7 @@ from fxparam.graph.analysis.bodies import is_run_by_itself
 from fxparam.graph.analysis.derived import derive, is_parameter
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import Evaluation, all_evaluations, evaluations
-from fxparam.graph.analysis.nesting import Level, levels_of
+from fxparam.graph.analysis.nesting import Level, inputs_kept_apart, levels_of
 from fxparam.graph.analysis.nodes import body_of
 from fxparam.graph.passes.copy_aliases import copy_aliases
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
@@ -43,12 +43,15 @@ class HoistResult:
         report: what was shared and kept.
         modified: whether the graph, or one of its bodies, changed.
         has_bodies: whether its nodes run graphs that the inner backend compiles by themselves.
+        apart: inputs, of which the graph writes some. That those which are not the same memory stay
+            so was relied on (rules 2 and 3).
     """
 
     graph_module: GraphModule
     report: Report
     modified: bool
     has_bodies: bool = False
+    apart: tuple[Node, ...] = ()
 
 
 def hoist(
@@ -123,6 +126,7 @@ class _Rounds:
         self._analyze = partial(analyze, gm, grad_enabled=grad_enabled, autocast_now=autocast_now)
         self._levels = self._look()
         self._account = _Account(all_evaluations(self._levels))
+        self._apart = inputs_kept_apart(self._levels)
 
     def _look(self) -> list[Level]:
         """Return every graph, with its effects as they are now."""
@@ -164,7 +168,9 @@ class _Rounds:
         )
         nodes = (node for level in levels for node in level.gm.graph.nodes)
         has_bodies = any(map(is_run_by_itself, nodes))
-        return HoistResult(self._gm, report, bool(account.changed), has_bodies)
+        modified = bool(account.changed)
+        apart = self._apart if modified else ()
+        return HoistResult(self._gm, report, modified, has_bodies, apart)
 
 
 def _may_share(gm: GraphModule) -> bool:

@@ -104,6 +104,7 @@ _BY_OP: dict[str, Callable[[Call], None]] = {
     "scan": _of_a_loop,
     "while_loop": _of_a_loop,
     "cond": _of_branches,
+    "switch": _of_branches,
     "invoke_subgraph": _of_a_region,
 }
 

@@ -45,6 +45,7 @@ CALLS = {
         *(2, 2, ["x"], ["p"], None, [True, False]),
     ),
     "cond": (lambda b, x, p: (x, *b, (x, p)), 2, 2, [], ["x", "p"], None, [False, False]),
+    "switch": (lambda b, x, p: (x, b, (x, p)), 3, 2, [], ["x", "p"], None, [False] * 3),
     "tag_activation_checkpoint": (
         lambda b, x, p: (*b, x, p),
         *(1, 2, [], ["x", "p"], 1, [True]),
@@ -58,6 +59,8 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_layouts(name: str) -> None:
+    if name == "switch":
+        pytest.importorskip("torch._higher_order_ops.switch", reason="torch 2.14 and newer")
     arrange, bodies, inputs, varying, operands, iterations, always = CALLS[name]
     call = _call(getattr(ops, name), arrange, bodies=bodies, inputs=inputs)
     assert call.op == name
@@ -65,7 +68,7 @@ def test_layouts(name: str) -> None:
     assert [v.name for v in call.operands] == operands
     assert call.iterations == iterations
     assert [body.always for body in call.bodies] == always
-    assert call.loops == bool(varying) and call.branches == (name == "cond")
+    assert call.loops == bool(varying) and call.branches == (name in ("cond", "switch"))
     assert call.inlined == (name == "tag_activation_checkpoint")
     assert is_run_by_itself(call.node) == (not call.inlined)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.nn.utils import parametrize
@@ -248,6 +249,51 @@ def cached_around_a_reentrant_checkpoint() -> bool:
     return not torch.equal(_checkpointed(3, cached=True, use_reentrant=True), expected)
 
 
+class _Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))  # type: ignore[no-any-return]
+
+
+def _is_left_after_functional_call(**options: bool) -> bool:
+    """Check whether the tensor given to a call stays in the module."""
+    model = _Twice()
+    kept, given = model.first.bias, torch.zeros(2)
+    functional_call(model, {"first.bias": given}, (torch.ones(1, 2),), **options)
+    assert model.first.bias is kept or model.first.bias is given
+    return model.first.bias is given
+
+
+def functional_call_of_a_layer_under_two_names() -> bool:
+    return _is_left_after_functional_call()
+
+
+def functional_call_that_ties_nothing() -> bool:
+    return _is_left_after_functional_call(tie_weights=False)
+
+
+def _weight_norm(dims: int) -> str:
+    v, g = torch.randn(3, 2), torch.ones(3, *[1] * (dims - 1))
+    right = torch._weight_norm(v, g, 0)
+    compiled = torch.compile(lambda v, g: torch._weight_norm(v, g, 0), backend="aot_eager")
+    return torch_alone.message(lambda: torch.testing.assert_close(compiled(v, g), right))
+
+
+def weight_norm_by_a_vector() -> bool:
+    raised = _weight_norm(1)
+    assert not raised or "broadcast" in raised
+    return bool(raised)
+
+
+def weight_norm_by_a_column() -> bool:
+    return bool(_weight_norm(2))
+
+
 @pytest.mark.parametrize(
     ("errs", "since", "mended_in"),
     [
@@ -268,6 +314,8 @@ def cached_around_a_reentrant_checkpoint() -> bool:
         (inputs_that_share_memory_later, torch_alone.OLDEST, None),
         (cached_around_a_checkpoint, torch_alone.OLDEST, None),
         (cached_around_a_checkpoint_with_other_shapes, torch_alone.OLDEST, None),
+        (functional_call_of_a_layer_under_two_names, torch_alone.OLDEST, None),
+        (weight_norm_by_a_vector, torch_alone.OLDEST, None),
     ],
 )
 def test_torch_alone(errs: Callable[[], bool], since: str, mended_in: str | None) -> None:
@@ -277,7 +325,13 @@ def test_torch_alone(errs: Callable[[], bool], since: str, mended_in: str | None
 
 @pytest.mark.parametrize(
     "errs",
-    [region_that_solves_once, scan_in_a_scan_of_another_kind, cached_around_a_reentrant_checkpoint],
+    [
+        region_that_solves_once,
+        scan_in_a_scan_of_another_kind,
+        cached_around_a_reentrant_checkpoint,
+        functional_call_that_ties_nothing,
+        weight_norm_by_a_column,
+    ],
 )
 def test_torch_alone_is_right(errs: Callable[[], bool]) -> None:
     """The ways out that the page gives."""
