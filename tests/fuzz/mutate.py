@@ -101,9 +101,9 @@ FIXES: dict[str, tuple[str, str, Mutation]] = {
         _EVERYWHERE,
         _always(None),
     ),
-    "overwritten: what is read is saved": (
-        "save_reads_of_overwritten_inputs",
-        "fxparam.compiling.backend",
+    "overwritten: what is read or drawn is saved": (
+        "save_what_may_change",
+        "fxparam",
         _always(None),
     ),
 }

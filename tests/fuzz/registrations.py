@@ -1,7 +1,7 @@
 """Sequences of registrations, assignments and removals, run step by step.
 
-A step that raises leaves the module as it was: class, tensors, parametrizations, values. A step that
-does not is one that torch takes as well, with the same value and the same names in the state dict.
+A step that raises leaves the module as it was: class, tensors, parametrizations, values. Any other
+step is one that torch takes as well, with the same value and the same names in the state dict.
 """
 
 from __future__ import annotations
@@ -180,9 +180,7 @@ def check(stored: str, steps: Sequence[Step]) -> int:
             _take(ours, module, step, ready)
         except Exception as error:
             assert _state(module) == before, f"{step} raised {error!r}, and changed the module"
-            assert _state_of(ready) == before_ready, (
-                f"{step} raised, and changed its parametrization"
-            )
+            assert _state_of(ready) == before_ready, f"{step} changed its parametrization"
             continue
         _take(of_torch, twin, step, ready_twin)
         accepted += 1

@@ -73,10 +73,7 @@ def _narrow_scan(w: Writer, kind: str) -> Statement:
     f, total, scale = w.name("step"), w.name("total"), w.rng.choice(_SCALES[dtype])
     rows = f"[(1 + 0.03 * k) * h.detach() for k in range({w.rng.choice(_READERS)})]"
     term = _product(w, dtype, value, "x")
-    if heading:
-        term = f"{heading}\n    term = {term}"
-    else:
-        term = f"term = {term}"
+    term = f"{heading}\n    term = {term}" if heading else f"term = {term}"
     zero = "h.sum() * 0"  # a carry that asks for a gradient (torch-bugs.md)
     if w.rng.random() < 0.7:
         body, last = f"{term}\nc = c + term", "return c + 0, c.sum()"
@@ -192,7 +189,7 @@ def _recurrent(w: Writer, kind: str) -> Statement:
 @of_a_theme("read a recurrent weight", in_body=True)
 def _read_recurrent(w: Writer, kind: str) -> Statement:
     tensor = w.rng.choice(w.apart["recurrent"].tensors)
-    return Line(kind, f"h = h + 0.1 * self.recurrent.{tensor}[: len(h)]")
+    return Line(kind, f"h = h + 0.1 * self.recurrent.{tensor}[: SIZE]")
 
 
 @of_a_theme("write to a recurrent original")

@@ -2,13 +2,10 @@
 
 Every fourth seed is of a program about a theme, the themes in turn; the other seeds are general.
 
-What does not pass yet is switched off; ``--with budget``, or a name in ``SWITCHED_ON``, switches it
-on:
+What does not pass yet is switched off; ``--with``, or a name in ``SWITCHED_ON``, switches it on:
 
-``budget``     of the memory that forward keeps, backward may keep a part: it computes the rest again
-               (``fxparam/graph/torch_bugs/overwritten_inputs.py``)
-``between``    a buffer is written after forward and before backward
-``rounded``    a value has fewer bits on the way than its original and in the end
+``rounded``           a value has fewer bits on the way, and as many as its original in the end
+``traced effects``    a recurrent layer is traced, whose evaluations write or draw
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from tests.fuzz.grammar import HIGHER_ORDER, Writer
 from tests.fuzz.holders import barred_links, some_holders
 from tests.fuzz.program import Holder, Link, Program
 
-GATED = ("budget", "between", "rounded")
+GATED = ("rounded", "traced effects")
 #: Of these, what the programs have.
 SWITCHED_ON: set[str] = set()
 
@@ -128,10 +125,13 @@ _STRAIGHT = {"use", "call", "loop", "bind", "show", "read original"}
 
 
 def _recurrent(seed: int, rng: Random) -> Program:
-    links = ["Softplus", "Scaled", "WorksInPlace", "Quantised", "Bounded", "DropoutMask", "Counter"]
-    chain = tuple(Link(k, rng.randrange(100)) for k in rng.sample(links, rng.choice([1, 1, 2])))
+    capture = rng.choices(["compile", "trace", "trace by Dynamo"], [60, 5, 35])[0]
     layer, api = rng.choice(_LAYERS), rng.choice(["torch", "fxparam"])
-    capture = rng.choices(["compile", "trace", "trace by Dynamo"], [60, 15, 25])[0]
+    links = ["Softplus", "Scaled", "WorksInPlace"]
+    links += ["Quantised", "Bounded"] if capture == "compile" else []
+    if capture == "compile" or "traced effects" in SWITCHED_ON:
+        links += ["DropoutMask", "Counter"]
+    chain = tuple(Link(k, rng.randrange(100)) for k in rng.sample(links, rng.choice([1, 1, 2])))
     weights = {"recurrent layer": 60, "read a recurrent weight": 15}
     if capture == "compile":
         weights["write to a recurrent original"] = 8
@@ -141,8 +141,15 @@ def _recurrent(seed: int, rng: Random) -> Program:
         "recurrent",
         dtype=rng.choice(["float64", "float32"]),
         grad=rng.random() < 0.8,
-        apart=Holder("recurrent", api=api, chain=chain, seed=rng.randrange(1000), layer=layer),
+        apart=Holder(
+            "recurrent",
+            api=rng.choice(["torch", "fxparam"]),
+            chain=chain,
+            seed=rng.randrange(1000),
+            layer=layer,
+        ),
         weights=weights,
+        barred=set() if capture == "compile" else {"Quantised", "Bounded"},
         allows=lambda kind: capture == "compile" or kind in _STRAIGHT,
         capture=capture,
         flags=("allow_rnn",) if rng.random() < 0.75 else (),
@@ -151,14 +158,13 @@ def _recurrent(seed: int, rng: Random) -> Program:
 
 def _overwritten(seed: int, rng: Random) -> Program:
     """What backward would compute again is drawn, or read from a buffer that is written since."""
-    budget = rng.choice([0.0, 0.2, 0.5]) if "budget" in SWITCHED_ON else 1.0
-    drawn = ["Drawn", "Overwritten"] if budget < 1 else []
-    what = rng.choice([*drawn, *["Phased"] * ("between" in SWITCHED_ON)])
+    what = rng.choice(["Drawn", "Overwritten", "Phased"])
     between = rng.choice(["eager code", "a graph", "data"]) if what == "Phased" else ""
     kinds = rng.sample(["Symmetric", "Softplus", "Scaled"], rng.choice([0, 1]))
     kinds.insert(rng.randrange(len(kinds) + 1), what)
     chain = tuple(Link(kind, rng.randrange(100)) for kind in kinds)
-    api = rng.choice(["torch", "fxparam", "property"])
+    # What a property reads from a buffer is not saved, as outside of evaluations.
+    api = rng.choice(["torch", "fxparam", "property"] if what == "Drawn" else ["torch", "fxparam"])
     return _program(
         seed,
         rng,
@@ -169,7 +175,7 @@ def _overwritten(seed: int, rng: Random) -> Program:
         training=True,
         holders=(Holder("a", api=api, chain=chain, seed=rng.randrange(1000)),),
         allows=lambda kind: kind in _STRAIGHT,
-        budget=budget,
+        budget=rng.choice([0.0, 0.2, 0.5, 1.0 if what == "Phased" else 0.5]),
         between=between,
     )
 
@@ -186,7 +192,6 @@ _THEMES: dict[str, Callable[[int, Random], Program]] = {
 
 _IS_ON: dict[str, Callable[[], bool]] = {
     "switch": lambda: importlib.util.find_spec("torch._higher_order_ops.switch") is not None,
-    "overwritten": lambda: not SWITCHED_ON.isdisjoint({"budget", "between"}),
 }
 
 
@@ -201,13 +206,15 @@ def _program(
     training: bool | None = None,
     holders: tuple[Holder, ...] = (),
     apart: Holder | None = None,
+    barred: set[str] | None = None,
     weights: dict[str, int] | None = None,
     allows: Callable[[str], bool] = lambda kind: True,
     most: dict[str, int] | None = None,
     **rest: Any,
 ) -> Program:
     inner = inner or rng.choice(["eager", "aot_eager"])
-    holders = holders or some_holders(rng, barred_links(dtype), singular=0.02)
+    barred = barred_links(dtype) | (barred or set())
+    holders = holders or some_holders(rng, barred, singular=0.02)
     if apart:
         holders += (apart,)
     writer = Writer(
