@@ -1,4 +1,4 @@
-"""From a seed to a program: its modules and modes; ``grammar`` writes its statements."""
+"""From a seed to a program: its modes, and what it is made of."""
 
 from __future__ import annotations
 

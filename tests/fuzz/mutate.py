@@ -101,6 +101,16 @@ FIXES: dict[str, tuple[str, str, Mutation]] = {
         _EVERYWHERE,
         _always(None),
     ),
+    "switch: a branch that may not run": (
+        "runs_whenever_the_call_does",
+        _EVERYWHERE,
+        _always(True),
+    ),
+    "recurrent: an original written between": (
+        "is_an_input_written_between",
+        _EVERYWHERE,
+        _always(False),
+    ),
     "overwritten: what is read or drawn is saved": (
         "save_what_may_change",
         "fxparam",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fuzz import campaign, mutate
+from tests.fuzz import campaign, mutate, themes
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import Verdict, judge
 from tests.fuzz.program import render
 from tests.fuzz.run import load
 
-_SLICES = 12
+_SLICES = 8
 _SLICE = 25
 # A value left a loop with what may raise; came out of a body after its reader; gave two branches
 # gradients of different strides.
@@ -97,7 +98,38 @@ def test_programs_about_gradients_notice(seed: int, predicate: str) -> None:
         assert judge(program).verdict is Verdict.MISMATCH
 
 
-@pytest.mark.parametrize("predicate", mutate.PREDICATES)
+# The first seeds that notice without long compilations.
+_NOTICED = [
+    (48, "1: readers in reduced precision"),
+    (48, "narrow: in one graph"),
+    (48, "narrow: in a body"),
+    (4, "sizes: that data decide"),
+    (128, "regions: operands that share memory"),
+    (324, "recurrent: an original written between"),
+    (20, "overwritten: what is read or drawn is saved"),
+    (16, "switch: a branch that may not run"),
+]
+
+
+@pytest.mark.parametrize(("seed", "fix"), _NOTICED)
+def test_programs_about_a_theme_notice(seed: int, fix: str) -> None:
+    theme = mutate.THEMES[fix]
+    if not themes.is_on(theme):
+        pytest.skip("this torch has nothing of the kind")
+    program = generate(seed)
+    assert program.theme == theme
+    assert judge(program).verdict is Verdict.SAME
+    with mutate.without(fix):
+        assert judge(program).verdict is Verdict.MISMATCH
+
+
+def test_seeds_of_a_theme() -> None:
+    for theme in filter(themes.is_on, themes.THEMES):
+        seeds = itertools.islice(themes.seeds_of(theme, start=1000), 3)
+        assert {generate(seed).theme for seed in seeds} == {theme}
+
+
+@pytest.mark.parametrize("predicate", (*mutate.PREDICATES, *mutate.FIXES))
 def test_a_predicate_that_is_switched_off_exists(predicate: str) -> None:
     with mutate.without(predicate):
         pass

@@ -169,7 +169,8 @@ def _switch(w: Writer, kind: str) -> Statement:
     if w.singular:
         broken = Line("singular", "h = squash(h @ self.singular.weight)")
         branches.append(Block("branch", "def never(h):", (broken,), "return h + 0"))
-        call = f"h = switch(torch.tensor(0), [{names[0]}, never], h)\n{call}"
+        # Twice, as a value used once would stay where it is.
+        call = f"h = switch(torch.tensor(0), [{names[0]}, never], h)\n" * 2 + call
     return Block(kind, "", tuple(branches), closing=call)
 
 

@@ -30,7 +30,7 @@ _EVERY = 4
 def theme_of(seed: int) -> str:
     """The theme of a seed's program; none if it is general, or if the theme is off."""
     turn, rest = divmod(seed, _EVERY)
-    theme = list(_THEMES)[turn % len(_THEMES)]
+    theme = list(THEMES)[turn % len(THEMES)]
     return theme if not rest and is_on(theme) else ""
 
 
@@ -41,8 +41,8 @@ def is_on(theme: str) -> bool:
 
 def seeds_of(theme: str, start: int = 0) -> Iterator[int]:
     """The seeds of the programs about a theme."""
-    round_ = _EVERY * len(_THEMES)
-    first = _EVERY * list(_THEMES).index(theme)
+    round_ = _EVERY * len(THEMES)
+    first = _EVERY * list(THEMES).index(theme)
     seed = start + (first - start) % round_
     while True:
         yield seed
@@ -51,7 +51,7 @@ def seeds_of(theme: str, start: int = 0) -> Iterator[int]:
 
 def themed(seed: int, theme: str) -> Program:
     """The program of a seed, about a theme."""
-    return _THEMES[theme](seed, Random(f"{theme} {seed}"))
+    return THEMES[theme](seed, Random(f"{theme} {seed}"))
 
 
 def _narrow(seed: int, rng: Random) -> Program:
@@ -115,7 +115,13 @@ def _regions(seed: int, rng: Random) -> Program:
 
 def _switch(seed: int, rng: Random) -> Program:
     return _program(
-        seed, rng, "switch", dtype="float64", grad=rng.random() < 0.6, weights={"switch": 50}
+        seed,
+        rng,
+        "switch",
+        dtype="float64",
+        grad=rng.random() < 0.6,
+        singular=0.3,
+        weights={"switch": 50},
     )
 
 
@@ -143,7 +149,7 @@ def _recurrent(seed: int, rng: Random) -> Program:
         grad=rng.random() < 0.8,
         apart=Holder(
             "recurrent",
-            api=rng.choice(["torch", "fxparam"]),
+            api=api,
             chain=chain,
             seed=rng.randrange(1000),
             layer=layer,
@@ -180,7 +186,7 @@ def _overwritten(seed: int, rng: Random) -> Program:
     )
 
 
-_THEMES: dict[str, Callable[[int, Random], Program]] = {
+THEMES: dict[str, Callable[[int, Random], Program]] = {
     "narrow": _narrow,
     "sizes": _sizes,
     "regions": _regions,
@@ -207,6 +213,7 @@ def _program(
     holders: tuple[Holder, ...] = (),
     apart: Holder | None = None,
     barred: set[str] | None = None,
+    singular: float = 0.02,
     weights: dict[str, int] | None = None,
     allows: Callable[[str], bool] = lambda kind: True,
     most: dict[str, int] | None = None,
@@ -214,7 +221,7 @@ def _program(
 ) -> Program:
     inner = inner or rng.choice(["eager", "aot_eager"])
     barred = barred_links(dtype) | (barred or set())
-    holders = holders or some_holders(rng, barred, singular=0.02)
+    holders = holders or some_holders(rng, barred, singular=singular)
     if apart:
         holders += (apart,)
     writer = Writer(
