@@ -77,7 +77,7 @@ torch.compiler.save_cache_artifacts()
 
 
 def test_torch_loads_what_another_backend_compiled(tmp_path: Path) -> None:
-    """What docs/limits.md says; should the second number be 1, torch has mended it."""
+    """A second number of 1 means that torch tells backends apart: then the limit may go."""
     environment = {
         **os.environ,
         "TORCH_CACHING_PRECOMPILE": "1",

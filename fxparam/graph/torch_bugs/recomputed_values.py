@@ -90,10 +90,8 @@ def save_what_may_change(graph: Graph) -> None:
         if node.op == "placeholder" and (node in overwritten or _is_buffer_of_evaluation(node)):
             for read in list(_reads(node)):
                 _save(read)
-        elif (
-            _draws(node) and not isinstance(value_of(node), tuple) and "recompute" not in node.meta
-        ):
-            _save(node)  # a draw of a checkpoint has a policy, and its random state restored
+        elif _draws(node) and not _has_several_results(node) and "recompute" not in node.meta:
+            _save(node)  # in a checkpoint it has a policy, and its random state is restored
 
 
 def _save(node: Node) -> None:
