@@ -32,7 +32,7 @@ from fxparam.graph.report import Report
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
 from fxparam.graph.torch_bugs.recomputed_values import (
-    save_what_may_change,
+    mark_for_partitioner,
     saving_what_may_change,
 )
 from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
@@ -172,7 +172,7 @@ class Backend:
             configured: Callable[..., Any] = inductor_with(
                 mode,
                 options,
-                joint_custom_pre_pass=save_what_may_change,
+                joint_custom_pre_pass=mark_for_partitioner,
                 post_grad_custom_pre_pass=show_what_bodies_pass_on,
             )
             return configured
