@@ -47,7 +47,7 @@ _LAST = 10  # times the limit: there is nothing to turn to after ``aot_eager``
 _PASSES = (
     "settle",
     "hoist",
-    "save_what_may_change",
+    "mark_for_partitioner",
     "show_what_bodies_pass_on",
 )
 

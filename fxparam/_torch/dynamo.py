@@ -23,6 +23,7 @@ __all__ = [
     "is_opaque_wrapper",
     "is_parameter_or_buffer",
     "is_restart",
+    "keeps_artifacts",
     "lookup_backend",
     "nest_results",
     "restart_trace",
@@ -152,6 +153,11 @@ def restart_trace(reason: str) -> NoReturn:
         for kind in ("TensorifyScalar", "Unspecialize")
     ]
     raise type("RestartAnalysis", tuple(kinds), {})(restart_reason=reason)
+
+
+def keeps_artifacts() -> bool:
+    """Check whether Dynamo loads what it compiled in an earlier process, guards included."""
+    return bool(lookup("torch._dynamo", "config").caching_precompile)
 
 
 def is_restart(error: Exception) -> bool:

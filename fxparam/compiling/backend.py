@@ -21,6 +21,7 @@ from fxparam._torch.dynamo import (
 from fxparam._torch.guards import guard_shared_memory
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
+from fxparam.compiling.artifacts import warn_of_artifacts
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
@@ -31,7 +32,7 @@ from fxparam.graph.report import Report
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
 from fxparam.graph.torch_bugs.recomputed_values import (
-    save_what_may_change,
+    mark_for_partitioner,
     saving_what_may_change,
 )
 from fxparam.graph.torch_bugs.scalar_outputs import allow_scalar_outputs
@@ -65,6 +66,10 @@ class Backend:
         self._max_bytes, self._strict = max_bytes, strict
         self._unshared: object = None  # the compilation whose graph a pass failed on
         self.reports: list[Report] = []
+        warn_of_artifacts()
+
+    # torch 2.15 and newer call it when the backend is given to torch.compile.
+    _dynamo_backend_init = staticmethod(warn_of_artifacts)
 
     def __repr__(self) -> str:
         given = {"mode": self._mode, **self._options, "strict": self._strict}
@@ -97,6 +102,7 @@ class Backend:
         ``mode`` and ``options`` are those given to ``torch.compile``; they go to the inner
         backend, over those given to :func:`backend`.
         """
+        warn_of_artifacts()
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
         compiled: Callable[..., Any]
         if not self.reads_marks:
@@ -166,7 +172,7 @@ class Backend:
             configured: Callable[..., Any] = inductor_with(
                 mode,
                 options,
-                joint_custom_pre_pass=save_what_may_change,
+                joint_custom_pre_pass=mark_for_partitioner,
                 post_grad_custom_pre_pass=show_what_bodies_pass_on,
             )
             return configured

@@ -31,9 +31,10 @@ class ScopedReading(reading.Reading):
         evaluation; in an eager region around, as the value that the graph is given, or else outside
         of the graph.
         """
-        if under_dynamo.is_open() and not _is_in_step(chain):
+        in_step = _is_in_step(chain) and not under_dynamo.is_in_transform()
+        if under_dynamo.is_open() and not in_step:
             return _marked(chain)
-        if not store.active and not _is_in_step(chain):
+        if not store.active and not in_step:
             return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
         return _given(chain, around) if around else store.read(chain)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fxparam._torch.names import checkpoint_around, inside_functorch
+from fxparam._torch.names import checkpoint_around
 from fxparam._torch.tensors import version_of
 from fxparam.eager.adopt import adopt_classes
 from fxparam.eager.checks import check_modules
@@ -53,8 +53,6 @@ class _Step(store.Region):
 
     def evaluate(self, chain: Module, name: str) -> Tensor:
         """Return the leaf of a new evaluation; the value itself where it has no gradient."""
-        if inside_functorch():  # whose transforms differentiate with respect to the originals
-            return super().evaluate(chain, name)
         with _outside_checkpoints():
             value: Tensor = chain()
         if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
@@ -105,6 +103,9 @@ class _Step(store.Region):
         for value, leaf, _ in reversed(self._leaves):
             if leaf.grad is not None:
                 _backward(value, leaf.grad)
+
+    def close(self) -> None:
+        """Let no gradient arrive any more, of what was computed in the block."""
         self._leaves.clear()
         self._closed = True
 
@@ -161,6 +162,8 @@ def _outside_checkpoints() -> AbstractContextManager[Any]:
 def _widest(chain: Module, value: Tensor) -> torch.dtype:
     """Return the dtype in which the gradients of a value's readers are summed."""
     wide = value.dtype
+    if not value.is_floating_point():  # complex: a float dtype with more bits has no such numbers
+        return wide
     for tensor in chain.parameters():
         if tensor.is_floating_point() and torch.finfo(tensor.dtype).eps < torch.finfo(wide).eps:
             wide = tensor.dtype
@@ -245,6 +248,7 @@ def accumulate(*models: Module) -> Iterator[None]:
             yield
         step.differentiate()
     finally:
+        step.close()
         hook.remove()
 
 

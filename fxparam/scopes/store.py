@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.names import active_modes, behind_proxy, checkpoint_around, torch_region
+from fxparam._torch.names import (
+    active_modes,
+    behind_proxy,
+    checkpoint_around,
+    inside_functorch,
+    torch_region,
+)
 from fxparam.eager.lost_writes import say_if_lost
 from fxparam.eager.reading import evaluated
 from fxparam.scopes.modes import ambient
@@ -145,9 +151,15 @@ def _region_of_torch() -> Region | None:
 
 
 def step_of(chain: Module) -> Region | None:
-    """Return the open ``accumulate()`` block that evaluates a parametrization list, or None."""
+    """Return the open ``accumulate()`` block that evaluates a parametrization list, or None.
+
+    None where regions around are left, and inside a transform of ``torch.func``, which may
+    differentiate with respect to originals.
+    """
     step = _steps.get(behind_proxy(chain))
-    return step if step is not None and step.usable else None
+    if step is None or not step.usable or inside_functorch() or _region.get() is _OUTSIDE:
+        return None
+    return step
 
 
 @contextmanager
@@ -156,6 +168,7 @@ def stepping(step: Region, chains: Iterable[Module]) -> Iterator[None]:
     step.enter()
     for chain in chains:
         _steps[chain] = step
+        # Dynamo can neither trace nor guard the dictionary: for traced code.
         chain.in_step = True  # type: ignore[assignment]
     try:
         yield

@@ -52,6 +52,7 @@ __all__ = [
     "constant",
     "evaluation_of",
     "forget_models",
+    "is_in_transform",
     "is_innermost",
     "is_open",
     "is_shared",
@@ -240,6 +241,12 @@ def _kinds(chain: Module) -> tuple[type, ...]:
 def is_open() -> bool:
     """Check whether a region is around what is being traced."""
     return bool(_present(marks.REGION))
+
+
+@constant
+def is_in_transform() -> bool:
+    """Check whether what is being traced is inside of a transform of ``torch.func``."""
+    return inside_functorch()
 
 
 @constant

@@ -67,6 +67,23 @@ def test_a_sum_of_gradients_is_as_precise_as_the_original(
     assert {refusal.rule for refusal in entry.refused} == {Rule.REDUCED}
 
 
+def test_a_sum_that_passes_through_few_bits_is_as_precise_as_the_original() -> None:
+    layer = _layer(helpers.Counting(), _Cast(torch.float16), _Cast(torch.float32))
+    xs = torch.rand(16, 4, 8)
+    exact = _gradient(layer, xs, 4096.0, None)
+    fx = fxparam.backend("aot_eager")
+    assert helpers.counted(lambda: _gradient(layer, xs, 4096.0, fx)) == (1, 1)
+    torch.testing.assert_close(_gradient(layer, xs, 4096.0, fx), exact)
+    assert torch.isfinite(exact).all()
+    # Rounded to bfloat16 a sum is not too large, and the evaluation is shared whole.
+    layer = _layer(helpers.Counting(), _Cast(torch.bfloat16), _Cast(torch.float32))
+    exact = _gradient(layer, xs, 1.0, None)
+    torch.testing.assert_close(_gradient(layer, xs, 1.0, fx), exact, rtol=2**-7, atol=0)
+    (entry,) = fx.last_report.entries  # type: ignore[union-attr]
+    assert entry.evaluations == 1
+    assert not entry.refused
+
+
 def _sum(layer: nn.Module, xs: Tensor) -> Tensor:
     return torch.stack([layer(xs[i]).float().sum() for i in range(len(xs))]).sum()
 

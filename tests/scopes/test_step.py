@@ -193,6 +193,23 @@ def test_a_straight_through_quantizer_keeps_its_mask() -> None:
     _check_equal(model, twin)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_straight_through_quantizer_of_few_bits(dtype: torch.dtype) -> None:
+    def layer() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Linear(4, 4, bias=False)
+        for step in (Half(dtype), Quantized(_Ternary)):
+            fxparam.register_parametrization(made, "weight", step, unsafe=True)
+        return made
+
+    model, twin = layer(), layer()
+    x = torch.arange(4, dtype=dtype)
+    with fxparam.accumulate(model):
+        model(x).sum().backward()
+    twin(x).sum().backward()
+    _check_equal(model, twin)
+
+
 @pytest.mark.parametrize(
     ("step", "why"), [(Quantized(_Clipped), "not the sum"), (Scaled(), "changed a tensor")]
 )
@@ -294,6 +311,11 @@ def test_an_exception_leaves_the_originals_as_they_were() -> None:
         raise ValueError("mine")
     torch.testing.assert_close(original.grad, torch.ones_like(original))
     assert step_of(model[0].parametrizations.weight) is None
+    with pytest.raises(ValueError, match="mine"), fxparam.accumulate(model):
+        loss = model(_batches()[0]).sum()
+        raise ValueError("mine")
+    with pytest.raises(RuntimeError, match="a backward after fxparam.accumulate"):
+        loss.backward()
     with fxparam.accumulate(model):
         _in_turn(model)
 
@@ -423,3 +445,72 @@ def test_a_backward_after_the_block_is_refused() -> None:
         loss = model(_batches()[0]).sum()
     with pytest.raises(RuntimeError, match="a backward after fxparam.accumulate"):
         loss.backward()
+
+
+class Rotated(nn.Module):
+    """A complex value, in fewer bits than its original."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.polar(torch.ones_like(weight), weight).to(torch.complex64)
+
+
+def test_complex_values() -> None:
+    def layer() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        return fxparam.register_parametrization(made, "weight", Rotated(), unsafe=True)
+
+    model, twin = layer(), layer()
+    factor = torch.randn(4, 4, dtype=torch.complex64)
+    with fxparam.accumulate(model):
+        (model.weight * factor).real.sum().backward()
+    (twin.weight * factor).real.sum().backward()
+    _check_equal(model, twin)
+
+
+def _mapped(run: Any) -> None:
+    for x in _batches():
+        torch.func.vmap(run)(x).square().sum().backward()
+        run(x).square().sum().backward()
+
+
+def _differentiated(run: Any) -> None:
+    for x in _batches():
+        torch.func.grad(lambda x: run(x).square().sum())(x).sum().backward()
+        run(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("program", [_mapped, _differentiated])
+def test_transforms_evaluate_for_themselves(program: Callable[[Any], None]) -> None:
+    model, twin = _model(Squared()), _model(Squared())
+    with fxparam.accumulate(model):
+        program(model)
+    program(twin)
+    _check_equal(model, twin)
+
+
+@pytest.mark.parametrize("backend", ["eager", "ours"])
+def test_compiled_transforms_evaluate_for_themselves(backend: str) -> None:
+    model, twin = _model(Squared()), _model(Squared())
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda x: m(x).square().sum())(x)
+        return gradient.sum() + torch.func.vmap(m)(x).sum() + m(x).sum()
+
+    run = torch.compile(loss, backend=fxparam.backend("eager") if backend == "ours" else backend)
+    with fxparam.accumulate(model):
+        for x in _batches():
+            run(model, x).backward()
+    for x in _batches():
+        loss(twin, x).backward()
+    _check_equal(model, twin)
+
+
+def test_an_export_in_the_block_has_the_originals() -> None:
+    model = _model(Squared()).eval()
+    x = _batches()[0]
+    with fxparam.accumulate(model):
+        model(x)
+        program = fxparam.export(model, (x,))
+    assert "0.parametrizations.weight.original" in program.state_dict
+    torch.testing.assert_close(program.module()(x), model(x))

@@ -119,7 +119,7 @@ def is_run_again(level: Level, nodes: Iterable[Node]) -> bool:
 def inputs_kept_apart(levels: list[Level]) -> tuple[Node, ...]:
     """Return the inputs that a capture writes, and those that its evaluations are computed from.
 
-    None if it writes no input. Sharing asks which of them are the same memory.
+    Empty if it writes no input. Sharing asks which of them are the same memory.
 
     Args:
         levels: its graphs, before any was changed.

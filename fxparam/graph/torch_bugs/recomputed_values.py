@@ -24,8 +24,8 @@ What we do: such values are saved, by a pass over the joint graph of forward and
 that are read outside of evaluations, and originals, are left as they are: to save what is read from
 them costs memory in every model. Under a memory budget the partitioner knows two exceptions from
 what has to be saved. With a budget of 0 it saves nothing, hence that is raised to nearly 0. And it
-cannot save one draw that has several results (``native_dropout``, which Inductor takes apart
-before), hence a graph with one gets the whole budget.
+cannot save an operation that has several results (``native_dropout``, ``native_batch_norm``),
+hence a graph where one has to be saved gets the whole budget.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fxparam._torch.names import OpOverload, functorch_config
 from fxparam.graph.analysis.nodes import is_view, owner, value_of
 
-__all__ = ["save_what_may_change", "saving_what_may_change"]
+__all__ = ["mark_for_partitioner", "save_what_may_change", "saving_what_may_change"]
 
 #: The smallest budget with which the partitioner saves what has to be saved.
 _NEARLY_NOTHING = 1e-9
@@ -51,7 +51,7 @@ def saving_what_may_change(*, by_inductor: bool) -> AbstractContextManager[Any]:
     """Return a context to compile in, in which backward computes nothing again that may differ.
 
     Args:
-        by_inductor: Inductor has :func:`save_what_may_change` as a pass of its own, so that its
+        by_inductor: Inductor has :func:`mark_for_partitioner` as a pass of its own, so that its
             cache knows of it. Any other backend that uses AOTAutograd gets it by the setting
             ``joint_custom_pass``.
     """
@@ -64,36 +64,45 @@ def saving_what_may_change(*, by_inductor: bool) -> AbstractContextManager[Any]:
     return patched
 
 
+def mark_for_partitioner(graph: Graph) -> None:
+    """Mark what forward must save, while :func:`saving_what_may_change` is in force."""
+    if save_what_may_change(graph):
+        functorch_config().activation_memory_budget = 1  # until the context ends
+
+
 def _after(users_pass: Callable[..., GraphModule] | None) -> Callable[..., GraphModule]:
     """Return AOTAutograd's joint pass that runs the user's and then this one."""
 
     def joint_pass(gm: GraphModule, inputs: Any) -> GraphModule:
         gm = users_pass(gm, inputs) if users_pass is not None else gm
-        save_what_may_change(gm.graph)
-        if any(_draws(node) and _has_several_results(node) for node in gm.graph.nodes):
-            functorch_config().activation_memory_budget = 1  # until the compilation ends
+        mark_for_partitioner(gm.graph)
         return gm
 
     return joint_pass
 
 
-def save_what_may_change(graph: Graph) -> None:
+def save_what_may_change(graph: Graph) -> bool:
     """Mark what forward must save, in a joint graph of forward and backward.
 
     Args:
         graph: an ATen graph as AOTAutograd hands it to the partitioner. Only metadata change, and
             copies are made by an operation that Inductor does not drop.
+
+    Returns:
+        Whether an operation with several results must be saved. Under a memory budget below 1 the
+        partitioner then fails.
     """
     copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     overwritten = {node.args[0] for node in copies}
+    saved: list[Node] = []
     for node in graph.nodes:
         if node.op == "placeholder" and (node in overwritten or _is_buffer_of_evaluation(node)):
-            for read in list(_reads(node)):
-                _save(read)
-        elif (
-            _draws(node) and not isinstance(value_of(node), tuple) and "recompute" not in node.meta
-        ):
-            _save(node)  # a draw of a checkpoint has a policy, and its random state restored
+            saved += _reads(node)
+        elif _draws(node) and "recompute" not in node.meta:
+            saved.append(node)  # in a checkpoint it has a policy, and its random state is restored
+    for node in saved:
+        _save(node)
+    return any(isinstance(value_of(node), tuple) for node in saved)
 
 
 def _save(node: Node) -> None:
@@ -119,10 +128,6 @@ def _draws(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
     return torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _has_several_results(node: Node) -> bool:
-    return isinstance(value_of(node), tuple)
 
 
 def _reads(source: Node) -> Iterator[Node]:

@@ -260,3 +260,19 @@ def test_a_joint_pass_of_the_users_own_still_runs() -> None:
         actual = _gradient(fxparam.backend("aot_eager"))
     torch.testing.assert_close(actual, _gradient(None), rtol=0, atol=1e-15)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("budget", [0, 0.1, 0.5])
+def test_operations_with_several_results_under_a_budget(budget: float) -> None:
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(4, dtype=torch.float64)  # reads and overwrites its statistics
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with config.patch(activation_memory_budget=budget):
+        torch.compile(model, backend=fxparam.backend("aot_eager"))(x).sin().sum().backward()
+        assert config.activation_memory_budget == budget
+    twin(x).sin().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    for p, q in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
