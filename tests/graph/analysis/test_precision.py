@@ -15,9 +15,16 @@ def test_what_is_cast_down_and_what_is_computed_from_it() -> None:
     p, x = s.parameter(), s.input()
     half = s.call("to", p, torch.float16)
     row = s.call(operator.getitem, half, 0)
-    back = s.call("to", row, torch.float64)
+    back = s.call("to", row, torch.float64)  # its sum passes the small range of float16
     gm = s.returns(back, s.call("to", x, torch.float16))
-    assert {node.name for node in narrowed(gm)} == {half.name, row.name}
+    assert {node.name for node in narrowed(gm)} == {half.name, row.name, back.name}
+
+
+def test_a_sum_that_passes_bfloat16_is_rounded_and_stays_finite() -> None:
+    s = Sketch()
+    half = s.call("to", s.parameter(), torch.bfloat16)
+    gm = s.returns(s.call("to", half, torch.float64))
+    assert {node.name for node in narrowed(gm)} == {half.name}
 
 
 def test_float32_is_precise_enough_and_bfloat16_originals_lose_nothing() -> None:
