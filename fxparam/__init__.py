@@ -15,6 +15,8 @@ from fxparam.eager.register import (
 from fxparam.exporting.export import export
 from fxparam.exporting.fold import fold
 from fxparam.graph import HoistResult, Report, Rule
+from fxparam.scopes.disabled import disabled
+from fxparam.scopes.frozen import frozen, invalidate
 from fxparam.scopes.region import cached
 from fxparam.scopes.step import accumulate
 from fxparam.tracing.hoist import hoist
@@ -36,10 +38,13 @@ __all__ = [
     "backend",
     "cached",
     "compile",
+    "disabled",
     "export",
     "fold",
+    "frozen",
     "hoist",
     "init_",
+    "invalidate",
     "is_parametrized",
     "register_parametrization",
     "remove_parametrizations",

@@ -57,7 +57,7 @@ class _Large(nn.Sequential):
             lambda m: fxparam.symbolic_trace(m, example_inputs=X),
             "`example_inputs` must be of class Sequence",
         ),
-        (lambda m: fxparam.compile(m, backend=m), "sets backend itself, got backend=_Large"),
+        (lambda m: fxparam.compile(m, backend=m), "has a backend of its own: got backend=_Large"),
         (lambda m: fxparam.backend(max_bytes=m), "max_bytes must be a number of bytes: got _Large"),
     ],
 )

@@ -28,11 +28,14 @@ __all__ = [
     "UnsupportedTorchError",
     "WeightNormParametrization",
     "active_modes",
+    "any_autocast",
     "assert_tensor_metadata",
     "behind_proxy",
     "builtin_name",
     "call_with_hooks",
     "checkpoint_around",
+    "dispatch_depth",
+    "function_depth",
     "functorch_config",
     "global_buffer_hooks",
     "grad_mode_namespace",
@@ -47,6 +50,7 @@ __all__ = [
     "set_grad_enabled",
     "torch_region",
     "trace_artifact",
+    "tracing_state",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_map",
@@ -107,9 +111,10 @@ for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence no
 _unbacked = lookup("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 _dispatch_modes = lookup("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack")
 _function_modes = lookup("torch.overrides", "_get_current_function_mode_stack")
-_dispatch_depth = lookup("torch._C", "_len_torch_dispatch_stack")
-_function_depth = lookup("torch._C", "_len_torch_function_stack")
-_tracing_state = lookup("torch._C", "_get_tracing_state")
+dispatch_depth = lookup("torch._C", "_len_torch_dispatch_stack")
+function_depth = lookup("torch._C", "_len_torch_function_stack")
+any_autocast = lookup("torch._C", "_is_any_autocast_enabled")
+tracing_state = lookup("torch._C", "_get_tracing_state")
 _interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
 _saved_tensors_hooks: Any = lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _find_builtin = lookup("torch.jit._builtins", "_find_builtin")
@@ -181,7 +186,7 @@ def inside_functorch() -> bool:
 def is_plain_eager() -> bool:
     """Check whether code runs as it is: under no mode or transform, and traced by nobody."""
     return not (
-        _dispatch_depth() or _function_depth() or _interpreter() is not None or _tracing_state()
+        dispatch_depth() or function_depth() or _interpreter() is not None or tracing_state()
     )
 
 

@@ -14,6 +14,9 @@ import torch
 from fxparam._torch.names import lookup
 
 __all__ = [
+    "Facts",
+    "are_unchanged",
+    "facts_of",
     "functorch_level",
     "geometry",
     "is_view_of_another",
@@ -22,7 +25,11 @@ __all__ = [
     "storage_identity",
     "storage_of",
     "version_of",
+    "was_written",
 ]
+
+#: A tensor, and what changes when it is written or moved: version, ``requires_grad``, address.
+Facts = tuple[torch.Tensor, int, bool, int]
 
 _level = lookup("torch._C._functorch", "maybe_get_level")
 _is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
@@ -84,3 +91,28 @@ def geometry(tensor: torch.Tensor) -> tuple[Hashable, ...]:
 def version_of(tensor: torch.Tensor) -> int | None:
     """Return the version counter; None for an inference tensor, which has none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def facts_of(tensor: torch.Tensor) -> Facts:
+    """Return a tensor with what changes when it is written or moved.
+
+    While somebody keeps its storage, no other one has its address.
+    """
+    return tensor, tensor._version, tensor.requires_grad, tensor.data_ptr()
+
+
+def are_unchanged(facts: list[Facts]) -> bool:
+    """Check whether tensors are as they were."""
+    for tensor, version, requires_grad, address in facts:
+        if (
+            tensor._version != version
+            or tensor.data_ptr() != address
+            or tensor.requires_grad is not requires_grad
+        ):
+            return False
+    return True
+
+
+def was_written(tensor: torch.Tensor, version: int | None) -> bool:
+    """Check whether a tensor was written since it had a version; False for one without versions."""
+    return version is not None and tensor._version != version

@@ -59,10 +59,12 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
 
     #: Whether a scope has its value, as :func:`fxparam.accumulate` sets it for a block.
     in_step = False
+    #: Whether its value is its original, as :func:`fxparam.disabled` sets it for a block.
+    disabled = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has: everything but the scope it is in."""
-        return {k: v for k, v in self.__dict__.items() if k != "in_step"}
+        """Return what a copy has: everything but what a block has set."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("in_step", "disabled")}
 
     def __init__(
         self, modules: Sequence[Module], original: Tensor | Parameter, unsafe: bool = False
@@ -158,7 +160,7 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
                 self._assign(value)
 
     def _assign(self, value: Tensor) -> None:
-        new = right_inverses(self._steps(), value, required=True)
+        new = value if self.disabled else right_inverses(self._steps(), value, required=True)
         values = checks.assigned_originals(self, new)
         writes, nested = Writes(), {}
         for name, tensor in values.items():
@@ -177,6 +179,8 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
         """Return the value of the parametrized tensor, computed from the originals."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise RuntimeError("Parametrization is not working with scripting.")
+        if self.disabled:
+            return self.original
         if self.is_tensor:
             value = self[0](self.original)
         else:

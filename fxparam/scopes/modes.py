@@ -6,7 +6,12 @@ from functools import cache
 
 import torch
 
-__all__ = ["ambient", "ambient_mark"]
+from fxparam._torch.names import active_modes, any_autocast, dispatch_depth, function_depth
+
+__all__ = ["ambient", "ambient_mark", "present"]
+
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_dtype = torch.get_default_dtype
 
 
 @cache
@@ -14,6 +19,17 @@ def _devices() -> tuple[str, ...]:
     """Return the kinds of device that may have autocast on."""
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def present() -> tuple[object, ...]:
+    """Return all modes that change what an evaluation gives, mode objects included; quickly."""
+    return (
+        _grad(),
+        _inference(),
+        _dtype(),
+        ambient() if any_autocast() else None,
+        active_modes() if dispatch_depth() or function_depth() else None,
+    )
 
 
 def ambient() -> tuple[object, ...]:

@@ -18,10 +18,22 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["held_by", "reached"]
+__all__ = ["held_by", "held_by_class", "holds_nothing", "parts_of", "reached"]
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _LEAVES = frozenset({bool, int, float, complex, str, bytes, type(None), type})
+# What else is looked into for what it holds, beside tensors and modules: see `parts_of`.
+_FOLLOWED = (
+    *_SEQUENCES,
+    dict,
+    types.MappingProxyType,
+    types.FunctionType,
+    types.MethodType,
+    staticmethod,
+    classmethod,
+    property,
+    partial,
+)
 _OFTEN_EMPTY = frozenset({dict, OrderedDict, set})
 # For each class of modules, where in its MRO which attributes may hold tensors. Names alone, as a
 # function may hold its class, which must not keep itself alive.
@@ -42,7 +54,7 @@ def held_by(module: Module) -> list[Any]:
         # A module has a dozen containers for hooks, nearly always empty.
         if kind not in _LEAVES and not (kind in _OFTEN_EMPTY and not value):
             own.append(value)
-    return [v for v in own if not any(v is store for store in stores)] + _of_class(type(module))
+    return [v for v in own if not any(v is store for store in stores)] + held_by_class(type(module))
 
 
 def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | Module]:
@@ -70,10 +82,10 @@ def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | 
                 work += store.values()
             work += held_by(value)
         else:
-            work += _parts(value)
+            work += parts_of(value)
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def parts_of(value: Any) -> Iterable[Any]:
     """Return the objects in a container, function, method, property or partial; else none."""
     kind = type(value)
     if issubclass(kind, dict):
@@ -97,7 +109,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _parts_of_function(function: types.FunctionType) -> list[Any]:
     """Return the defaults of a function and what it closes over."""
-    found: list[Any] = [function.__defaults__, function.__kwdefaults__]
+    found: list[Any] = [function.__defaults__, *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
             found.append(cell.cell_contents)
@@ -106,8 +118,22 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
     return found
 
 
-def _of_class(cls: type) -> list[Any]:
+def holds_nothing(value: Any) -> bool:
+    """Check whether nothing is reached through an object, and nothing will be."""
+    kind = type(value)
+    if issubclass(kind, (tuple, frozenset)):
+        return all(map(holds_nothing, value))
+    return kind in _LEAVES or not issubclass(kind, (Tensor, Module, *_FOLLOWED))
+
+
+def held_by_class(cls: type) -> list[Any]:
     """Return the attributes of a class of modules that may hold tensors, base classes included."""
+    bases = cls.__mro__
+    return [vars(bases[depth]).get(name) for depth, name in _places(cls)]
+
+
+def _places(cls: type) -> tuple[tuple[int, str], ...]:
+    """Return which attributes of which base class may hold tensors, by position in the MRO."""
     places = _class_attributes.get(cls)
     if places is None:
         places = _class_attributes[cls] = tuple(
@@ -116,8 +142,7 @@ def _of_class(cls: type) -> list[Any]:
             for name, value in vars(base).items()
             if _may_hold(name, value)
         )
-    bases = cls.__mro__
-    return [vars(bases[depth]).get(name) for depth, name in places]
+    return places
 
 
 def _may_hold(name: str, value: Any) -> bool:
@@ -130,4 +155,4 @@ def _may_hold(name: str, value: Any) -> bool:
         # super() makes a function close over its class.
         cells = set(value.__code__.co_freevars) - {"__class__"}
         return bool(cells) or any(type(default) not in _LEAVES for default in defaults)
-    return any(_may_hold("", part) for part in _parts(value))
+    return any(_may_hold("", part) for part in parts_of(value))

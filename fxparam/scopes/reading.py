@@ -19,9 +19,8 @@ class ScopedReading(reading.Reading):
 
     def value(self, chain: Module, name: str) -> Tensor:
         """Return the value of a parametrized tensor, for code that runs."""
-        if store.active or _is_in_step(chain):
-            return store.read(chain, name)
-        return reading.evaluated(chain, name)
+        region = (store.step_of(chain) if _is_in_step(chain) else None) or store.current()
+        return reading.evaluated(chain, name) if region is None else region.read(chain, name)
 
     def traced_value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that Dynamo traces.
@@ -37,7 +36,7 @@ class ScopedReading(reading.Reading):
         if not store.active and not in_step:
             return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
-        return _given(chain, around) if around else store.read(chain)
+        return _given(chain, around) if around else store.read_untraced(chain)
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
@@ -102,7 +101,7 @@ def _outside(chain: Module, mark: str) -> Tensor:
     if not mark:
         return chain()  # type: ignore[no-any-return]
     if mark == under_dynamo.UNTRACEABLE:
-        return store.read(chain)
+        return store.read_untraced(chain)
     with annotate({marks.REGION: mark}):
         return _marked(chain)
 
@@ -130,7 +129,7 @@ def _marked(chain: Module) -> Tensor:
     if not mark:
         return chain()  # type: ignore[no-any-return]
     if mark == under_dynamo.UNTRACEABLE:
-        return store.read(chain)
+        return store.read_untraced(chain)
     before = under_dynamo.assignments(id(chain))
     with annotate({marks.EVALUATION: mark}):
         value: Tensor = chain()

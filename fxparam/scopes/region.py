@@ -16,9 +16,8 @@ from torch.nn import Module
 
 from fxparam import marks
 from fxparam._torch.dynamo import annotate
-from fxparam.eager.adopt import adopt_classes
-from fxparam.eager.checks import check_modules
 from fxparam.scopes import store, under_dynamo
+from fxparam.scopes.models import adopt_models
 
 __all__ = ["cached"]
 
@@ -37,12 +36,7 @@ def _out_of_order() -> None:
     """
 
 
-@store.untraced
-def _adopt(models: tuple[Module, ...]) -> None:
-    """Make the parametrizations of models ours, which Dynamo cannot trace."""
-    check_modules(**{f"models[{i}]": model for i, model in enumerate(models)})
-    for model in models:
-        adopt_classes(model)
+_adopt = store.untraced(adopt_models)  # which Dynamo cannot trace
 
 
 @contextmanager

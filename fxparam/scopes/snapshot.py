@@ -17,7 +17,6 @@ that it holds modules weakly and of tensors the versions, which those need not.
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -32,8 +31,9 @@ from fxparam._torch.tensors import (
     version_of,
 )
 from fxparam.scopes.reach import held_by, reached
+from fxparam.scopes.state import State
 
-__all__ = ["HeldValue", "Snapshot"]
+__all__ = ["Snapshot"]
 
 _PLAIN = (Tensor, Parameter)
 
@@ -56,6 +56,7 @@ class Snapshot:
         self.tracked = True
         self._functorch = inside_functorch()
         own: list[Module] = []
+        self.facts.append(chain.__dict__.get("disabled", False))
         # Plain attributes too: replicas of a module hold their parameters that way.
         self._visit(chain, own)
         for part in reached([value for module in own for value in held_by(module)], own):
@@ -68,13 +69,21 @@ class Snapshot:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):
             return NotImplemented
-        return (
-            len(self.objects) == len(other.objects)
-            and all(map(operator.is_, self.objects, other.objects))
-            and self.facts == other.facts
-        )
+        return self._has_same_objects(other) and self.facts == other.facts
 
     __hash__ = None  # type: ignore[assignment]  # compared, never looked up
+
+    def compare(self, chain: Module) -> State:
+        """Return what has become of the state of a chain, which was taken before."""
+        now = Snapshot(chain)
+        if not self._has_same_objects(now):
+            return State.OTHER
+        return State.SAME if self.facts == now.facts else State.WRITTEN
+
+    def _has_same_objects(self, other: Snapshot) -> bool:
+        return len(self.objects) == len(other.objects) and all(
+            map(operator.is_, self.objects, other.objects)
+        )
 
     def _visit(self, module: Module, own: list[Module]) -> None:
         own.append(module)
@@ -110,28 +119,3 @@ class Snapshot:
                 inner = getattr(tensor, name)
                 if isinstance(inner, Tensor):
                     self._add(inner)
-
-
-class HeldValue(NamedTuple):
-    """A value that a region may hand out again, and the conditions under which it may."""
-
-    value: Tensor
-    version: int | None
-    snapshot: Snapshot
-    # Modes, like the snapshot's objects, are part of the key by id(): held, so that nothing else
-    # takes that id.
-    modes: tuple[object, ...]
-
-    @classmethod
-    def of(cls, value: Tensor, snapshot: Snapshot, modes: tuple[object, ...]) -> HeldValue | None:
-        """Return an entry for ``value``, or None when it must not outlive this read."""
-        if not isinstance(value, Tensor) or not snapshot.tracked:
-            return None
-        if inside_functorch() and functorch_level(value) > snapshot.level:
-            # Wrapped by a transform that no original knows: nothing would tell when its level ends.
-            return None
-        return cls(value, version_of(value), snapshot, modes)
-
-    def holds(self, snapshot: Snapshot) -> bool:
-        """Check whether what the value was computed from is as it was, and the value itself too."""
-        return self.version == version_of(self.value) and self.snapshot == snapshot

@@ -22,11 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxparam._torch.names import checkpoint_around
 from fxparam._torch.tensors import version_of
-from fxparam.eager.adopt import adopt_classes
-from fxparam.eager.checks import check_modules
-from fxparam.eager.classes import chains_of
 from fxparam.scopes import store
 from fxparam.scopes.additive import check_additive
+from fxparam.scopes.models import lists_in
 
 __all__ = ["accumulate"]
 
@@ -223,7 +221,7 @@ def accumulate(*models: Module) -> Iterator[None]:
         >>> optimizer.step()
         >>> optimizer.zero_grad()
     """
-    step = _Step(_names_of(models))
+    step = _Step(lists_in(models, "fxparam.accumulate"))
     for chain, name in step._names.items():
         if store.step_of(chain) is not None:
             raise RuntimeError(
@@ -250,18 +248,3 @@ def accumulate(*models: Module) -> Iterator[None]:
     finally:
         step.close()
         hook.remove()
-
-
-def _names_of(models: tuple[Module, ...]) -> dict[Module, str]:
-    """Return the parametrization lists of models, adopted, with the names of their tensors."""
-    if not models:
-        raise TypeError("fxparam.accumulate needs the models whose tensors it evaluates: got none")
-    for model in models:
-        check_modules(model=model)
-    names: dict[Module, str] = {}
-    for model in models:
-        adopt_classes(model)
-        for path, module in model.named_modules():
-            for name, chain in (chains_of(module) or {}).items():
-                names.setdefault(chain, f"{path}.{name}".lstrip("."))
-    return names

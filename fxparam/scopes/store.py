@@ -19,12 +19,12 @@ code and Dynamo's guards both get the answer for the context they run in
 from __future__ import annotations
 
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, TypeVar, cast
+from threading import get_ident
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,16 +32,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from fxparam._torch.names import (
-    active_modes,
     behind_proxy,
     checkpoint_around,
     inside_functorch,
     torch_region,
+    tracing_state,
 )
-from fxparam.eager.lost_writes import say_if_lost
 from fxparam.eager.reading import evaluated
-from fxparam.scopes.modes import ambient
-from fxparam.scopes.snapshot import HeldValue, Snapshot
+from fxparam.scopes.held import Values
+from fxparam.scopes.modes import present
 
 __all__ = [
     "Region",
@@ -49,17 +48,15 @@ __all__ = [
     "current",
     "enter",
     "forget",
+    "inside",
     "leave",
     "outside_regions",
     "read",
+    "read_untraced",
     "step_of",
     "stepping",
     "untraced",
 ]
-
-# Values kept of one tensor in one region: for other modes, and for other originals, which
-# functional_call may put in place without end. The oldest goes first.
-_KEPT = 8
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -71,14 +68,13 @@ def untraced(function: F) -> F:
 
 
 class Region:
-    """The values that one ``cached()`` region shares, by parametrization list and then by mode."""
+    """The values that one ``cached()`` region shares."""
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
+        self.thread = get_ident()
         self.checkpoint = checkpoint_around()
         self.depth = 0
-        # Weak, so that a long region does not keep models alive which their owner has dropped.
-        self.entries: WeakKeyDictionary[Module, dict[object, HeldValue]] = WeakKeyDictionary()
+        self.values = Values()
 
     def enter(self) -> None:
         """Begin a block in the region."""
@@ -88,7 +84,16 @@ class Region:
         """End a block; the values are dropped with the outermost."""
         self.depth -= 1
         if self.depth == 0:
-            self.entries.clear()
+            self.values.clear()
+
+    @property
+    def shared(self) -> Values | None:
+        """The values that a block in this region shares with it."""
+        return self.values
+
+    def for_block(self) -> Region:
+        """Return the region for a ``cached()`` block in this one."""
+        return self
 
     def evaluate(self, chain: Module, name: str) -> Tensor:
         """Return what the region is to hold of a new evaluation.
@@ -105,15 +110,50 @@ class Region:
 
     def forget(self, chain: Module) -> None:
         """Drop the values of a list, whose originals are about to be assigned."""
-        self.entries.pop(chain, None)
+        self.values.forget(chain)
+
+    def read(self, chain: Module, name: str) -> Tensor:
+        """Return the value of a parametrization list: one that is still right, or a new one.
+
+        Args:
+            chain: a ``ParametrizationList``.
+            name: the name of the tensor, for a warning; empty for none.
+
+        Raises:
+            RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
+            constant.
+        """
+        if tracing_state() is not None:
+            _refuse_trace()
+        modes = present()
+        value = self.find(chain, modes)
+        if value is None:
+            value = self._new_value(chain, name, modes)
+        return self.hand_out(value)
+
+    @untraced
+    def _new_value(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
+        """Return a new value; Dynamo compiles none of it."""
+        own = behind_proxy(chain)
+        value = None if own is chain else self.find(own, modes)
+        return self.keep(chain, name, modes) if value is None else value
+
+    def find(self, chain: Module, modes: tuple[object, ...]) -> Tensor | None:
+        """Return the value that a new evaluation would give, or None."""
+        held = self.values.find(chain, modes)
+        return None if held is None else held.value
+
+    def keep(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
+        """Return a new value, and hold it for as long as it is right."""
+        value = self.evaluate(chain, name)
+        self.values.keep(behind_proxy(chain), value, modes)
+        return value
 
     @property
     def usable(self) -> bool:
         """Check whether the region is open, in this thread and this call of a checkpoint."""
         return (
-            self.depth > 0
-            and self.thread == threading.get_ident()
-            and self.checkpoint is checkpoint_around()
+            self.depth > 0 and self.thread == get_ident() and self.checkpoint is checkpoint_around()
         )
 
 
@@ -142,7 +182,7 @@ def _region_of_torch() -> Region | None:
     kept = torch_region()
     if kept is None or checkpoint_around() is not None:
         return None
-    key = (threading.get_ident(), "fxparam")
+    key = (get_ident(), "fxparam")
     region: Region | None = kept.get(key)
     if region is None:
         region = kept[key] = Region()
@@ -194,14 +234,25 @@ else:
     sys.modules[__name__].__class__ = _ContextModule
 
 
+@contextmanager
+def inside(region: Region) -> Iterator[None]:
+    """Let the code of the block be in a region, instead of in the present one."""
+    region.enter()
+    token = _region.set(region)
+    try:
+        yield
+    finally:
+        region.leave()
+        with suppress(ValueError):  # as in :func:`leave`
+            _region.reset(token)
+
+
 @untraced
 def enter() -> tuple[Region, Token[Region | None] | None]:
     """Begin a region, or one inside the present region; :func:`leave` ends it."""
-    region = current()
-    token = None
-    if region is None:
-        region = Region()
-        token = _region.set(region)
+    around = current()
+    region = Region() if around is None else around.for_block()
+    token = None if region is around else _region.set(region)
     region.enter()
     return region, token
 
@@ -228,55 +279,29 @@ def outside_regions() -> Iterator[None]:
         _region.reset(token)
 
 
-def _key(snapshot: Snapshot, modes: tuple[object, ...]) -> tuple[object, ...]:
-    """Return the key that a value is kept under: modes and, by identity, originals.
+def _refuse_trace() -> NoReturn:
+    raise RuntimeError(
+        "Cannot trace a model while caching parametrizations: a traced graph would hold the "
+        "cached value as a constant.\n"
+        "required: torch.jit.trace outside of fxparam.cached()\n"
+        "found: torch.jit.trace inside of it"
+    )
 
-    The entry keeps them alive, so that no other object gets their ``id()``.
-    """
-    return (ambient(), tuple(map(id, modes)), tuple(map(id, snapshot.objects)))
 
-
-@untraced
 def read(chain: Module, name: str = "") -> Tensor:
     """Return the value of ``chain`` in the current region: one that is still right, or a new one.
 
     Args:
         chain: a ``ParametrizationList``.
         name: the name of the tensor, for a warning; empty for none.
-
-    Raises:
-        RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
-        constant.
     """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise RuntimeError(
-            "Cannot trace a model while caching parametrizations: a traced graph would hold the "
-            "cached value as a constant.\n"
-            "required: torch.jit.trace outside of fxparam.cached()\n"
-            "found: torch.jit.trace inside of it"
-        )
     region = step_of(chain) or current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
-    now, modes = Snapshot(chain), active_modes()
-    entries = region.entries.setdefault(behind_proxy(chain), {})
-    key = _key(now, modes)
-    entry = entries.get(key)
-    if entry is not None and entry.holds(now):
-        return region.hand_out(entry.value)
-    if entry is not None:
-        say_if_lost(entry.value)
-    value = region.evaluate(chain, name)
-    # Taken after the evaluation: what the chain writes itself (spectral norm's vectors) does not
-    # make its value stale.
-    now = Snapshot(chain)
-    entry = HeldValue.of(value, now, modes)
-    entries.pop(key, None)
-    if entry is not None:
-        entries[_key(now, modes)] = entry
-        if len(entries) > _KEPT:
-            del entries[next(iter(entries))]
-    return region.hand_out(value)
+    return region.read(chain, name)
+
+
+read_untraced = untraced(read)
 
 
 @untraced

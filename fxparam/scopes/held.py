@@ -1,0 +1,126 @@
+"""Values that a scope may hand out again, and the conditions under which it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import ref
+
+from torch import Tensor
+from torch.nn import Module
+
+from fxparam._torch.names import inside_functorch
+from fxparam._torch.tensors import functorch_level, version_of, was_written
+from fxparam.eager.lost_writes import say_if_lost
+from fxparam.scopes.snapshot import Snapshot
+from fxparam.scopes.state import State
+from fxparam.scopes.unchanged import Unchanged
+
+__all__ = ["HeldValue", "Values"]
+
+
+class HeldValue:
+    """A value, the modes that it was computed under, and the state of what it was computed from.
+
+    Attributes:
+        value: the value.
+        version: that of the value; None for an inference tensor, which has none.
+        state: compares what is there now with what was there then.
+        modes: from :func:`~fxparam.scopes.modes.present`.
+    """
+
+    __slots__ = ("modes", "state", "value", "version")
+
+    def __init__(
+        self, value: Tensor, state: Unchanged | Snapshot, modes: tuple[object, ...]
+    ) -> None:
+        self.value, self.state, self.modes = value, state, modes
+        self.version = version_of(value)
+
+    @classmethod
+    def of(cls, value: Tensor, chain: Module, modes: tuple[object, ...]) -> HeldValue | None:
+        """Return an entry for a new value; None when it must not outlive this read.
+
+        Args:
+            value: what evaluating ``chain`` has just given. What the evaluation wrote itself
+                (spectral norm's vectors) does not make it stale.
+            chain: a ``ParametrizationList``.
+            modes: those of the evaluation.
+        """
+        if not isinstance(value, Tensor):
+            return None
+        if not inside_functorch():
+            listed = Unchanged.of(chain)
+            if listed is not None:
+                return cls(value, listed, modes)
+        snapshot = Snapshot(chain)
+        if not snapshot.tracked:
+            return None
+        if inside_functorch() and functorch_level(value) > snapshot.level:
+            # Wrapped by a transform that no original knows: nothing would tell when its level ends.
+            return None
+        return cls(value, snapshot, modes)
+
+
+class Values:
+    """The values that a scope holds, of any parametrization lists.
+
+    Lists are held weakly, so that a long scope does not keep a model alive that its owner has
+    dropped.
+
+    Args:
+        kept: how many values of one tensor are held, for other modes and for other originals, which
+            ``functional_call`` may put in place without end. The oldest goes first.
+    """
+
+    def __init__(self, kept: int = 8) -> None:
+        self._kept = kept
+        # By the identity of the list. What belongs to one is replaced, never changed: other threads
+        # may be reading it.
+        self._of: dict[int, tuple[ref[Module], tuple[HeldValue, ...]]] = {}
+
+    def find(self, chain: Module, modes: tuple[object, ...]) -> HeldValue | None:
+        """Return the value that a new evaluation would give, or None; drop what is stale."""
+        found = self._of.get(id(chain))
+        if found is None or found[0]() is not chain:
+            return None
+        for held in found[1]:
+            if held.modes == modes:
+                written = was_written(held.value, held.version)
+                state = State.WRITTEN if written else held.state.compare(chain)
+                if state is State.SAME:
+                    return held
+                if state is State.WRITTEN:
+                    say_if_lost(held.value)
+                    self._drop(chain, held)
+        return None
+
+    def keep(self, chain: Module, value: Tensor, modes: tuple[object, ...]) -> None:
+        """Hold a new value, if it may outlive this read."""
+        held = HeldValue.of(value, chain, modes)
+        if held is not None:
+            identity = id(chain)
+            known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))
+            self._of[identity] = known, (*others, held)[-self._kept :]
+
+    def forget(self, chain: Module) -> None:
+        """Drop the values of a list."""
+        self._of.pop(id(chain), None)
+
+    def clear(self) -> None:
+        """Drop all values."""
+        self._of.clear()
+
+    def _drop(self, chain: Module, stale: HeldValue) -> None:
+        found = self._of.get(id(chain))
+        if found is not None:
+            self._of[id(chain)] = found[0], tuple(h for h in found[1] if h is not stale)
+
+    def _died(self, identity: int) -> Callable[[object], None]:
+        weak = ref(self)  # no cycle: what is held is dropped with the scope
+
+        def died(_: object) -> None:
+            values = weak()
+            if values is not None:
+                values._of.pop(identity, None)
+
+        return died

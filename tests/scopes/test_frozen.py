@@ -1,0 +1,352 @@
+"""``frozen()`` and ``compile(scope="frozen")``: values live until an original changes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.testing import assert_close
+
+import fxparam
+from tests import helpers
+
+GRADIENTS = "whose gradients are recorded"
+EFFECTS = "write tensors or draw random numbers"
+
+
+def _layer() -> Any:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    return fxparam.register_parametrization(layer, "weight", helpers.Counting())
+
+
+class Broken(nn.Module):
+    """Reads its weight in three graphs, the second time in eager code."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(self.layer(x))
+        torch._dynamo.graph_break()
+        h = eagerly(self.layer, h)
+        return self.layer(h)
+
+
+@torch.compiler.disable
+def eagerly(layer: Any, h: Tensor) -> Tensor:
+    return layer(h)
+
+
+def _original(layer: Any) -> Any:
+    return layer.parametrizations.weight.original
+
+
+def _step(layer: Any) -> None:
+    with torch.enable_grad():
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def _load(layer: Any) -> None:
+    state = {k: v + 1 for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state)
+
+
+def _write(layer: Any) -> None:
+    _original(layer).add_(1)
+
+
+def _exchange(layer: Any) -> None:
+    layer.parametrizations.weight.original = nn.Parameter(_original(layer) + 1)
+
+
+def _exchange_data(layer: Any) -> None:
+    _original(layer).data = _original(layer).data + 1
+
+
+def _exchange_parametrization(layer: Any) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    layer.parametrizations.weight[0] = Twice()
+
+
+def _append(layer: Any) -> None:
+    layer.parametrizations.weight.append(nn.Tanh())
+
+
+def _register_anew(layer: Any) -> None:
+    fxparam.remove_parametrizations(layer, "weight")
+    fxparam.register_parametrization(layer, "weight", nn.Tanh())
+
+
+def _to_float32(layer: Any) -> None:
+    layer.float()
+
+
+CHANGES = [
+    _step,
+    _load,
+    _write,
+    _exchange,
+    _exchange_data,
+    _exchange_parametrization,
+    _append,
+    _register_anew,
+]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, _to_float32])
+def test_a_value_lives_until_something_changes(change: Callable[[Any], None]) -> None:
+    layer = _layer()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with fxparam.frozen(), torch.no_grad():
+        assert helpers.counted(lambda: [layer(x) for _ in range(5)]) == (1, 0)
+        assert layer.weight is layer.weight
+        change(layer)
+        x = x.to(layer.bias.dtype)
+        held = layer(x)
+        assert layer.weight is layer.weight
+    assert_close(held, layer(x).detach())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_calls_of_a_compiled_model_share_a_value(change: Callable[[Any], None]) -> None:
+    layer = _layer()
+    model = fxparam.compile(Broken(layer), scope="frozen", backend=fxparam.backend("aot_eager"))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        first, *others = [model(x) for _ in range(4)]
+        for other in others:
+            assert_close(other, first, rtol=0, atol=0)
+        assert helpers.counted(lambda: model(x)) == (0, 0)
+        change(layer)
+        changed = model(x)
+        assert helpers.counted(lambda: model(x)) == (0, 0)
+        assert_close(changed, Broken(layer)(x))
+    assert not torch.equal(first, changed)
+
+
+def test_no_graph_is_compiled_anew() -> None:
+    layer, graphs = _layer(), []
+
+    def record(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    backend = fxparam.backend(record)
+    model = torch.compile(Broken(layer), backend=backend)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with fxparam.frozen(layer), torch.no_grad():
+        model(x)
+        compiled = len(graphs)
+        for _ in range(20):
+            model(x)
+            _step(layer)
+    assert len(graphs) == compiled
+
+
+def test_gradients_are_those_of_a_call() -> None:
+    layer = _layer()
+    twin = copy.deepcopy(layer)
+    model = fxparam.compile(Broken(layer), scope="frozen", backend=fxparam.backend("aot_eager"))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=GRADIENTS):
+        model(x)
+    for _ in range(3):
+        loss = model(x).square().sum()
+        assert helpers.counted(lambda: loss.backward())[1] == 1  # noqa: B023
+        Broken(twin)(x).square().sum().backward()
+        for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+            assert_close(p.grad, q.grad)
+        with torch.no_grad():
+            assert_close(model(x), Broken(twin)(x))
+        _step(layer), _step(twin)
+
+
+def test_a_block_evaluates_each_time_where_gradients_are_recorded() -> None:
+    layer = _layer()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with fxparam.frozen(layer):
+        with pytest.warns(UserWarning, match=GRADIENTS):
+            assert helpers.counted(lambda: layer(layer(x)).sum().backward()) == (2, 2)
+        layer(x).sum().backward()
+        with fxparam.cached():
+            assert layer.weight is layer.weight
+
+
+@pytest.mark.parametrize(
+    "parametrization",
+    [nn.Dropout(0.5), None],
+    ids=["random mask", "power iteration"],
+)
+def test_what_has_effects_is_evaluated_each_call(parametrization: nn.Module | None) -> None:
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4, dtype=torch.float64)
+        if parametrization is None:
+            return fxparam.adopt(spectral_norm(layer))
+        return fxparam.register_parametrization(layer, "weight", parametrization)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    layer, twin = fresh(), fresh()
+    model = fxparam.compile(Broken(layer), scope="frozen", backend=fxparam.backend("aot_eager"))
+    with torch.no_grad():
+        for again in range(3):
+            torch.manual_seed(again)
+            if again == 0:
+                with pytest.warns(UserWarning, match=EFFECTS):
+                    y = model(x)
+            else:
+                y = model(x)
+            torch.manual_seed(again)
+            with fxparam.cached():
+                assert_close(y, Broken(twin)(x))
+        layer, twin = fresh(), fresh()
+        with fxparam.frozen(layer):
+            torch.manual_seed(3)
+            with pytest.warns(UserWarning, match=EFFECTS):
+                first = layer(x)
+            second = layer(x)
+            with fxparam.cached():
+                assert layer.weight is layer.weight
+        torch.manual_seed(3)
+        assert_close((first, second), (twin(x), twin(x)))
+
+
+def test_an_evaluation_without_effects_in_eval_mode_is_frozen() -> None:
+    layer = spectral_norm(nn.Linear(4, 4)).eval()
+    with fxparam.frozen(layer), torch.no_grad():
+        value = layer.weight
+        assert layer.weight is value
+        layer.parametrizations.weight.training = True
+        layer.parametrizations.weight[0].training = True
+        with pytest.warns(UserWarning, match=EFFECTS):
+            assert layer.weight is not layer.weight
+
+
+def test_modes_have_values_of_their_own() -> None:
+    layer = _layer()
+    with fxparam.frozen(layer):
+        with torch.no_grad():
+            value = layer.weight
+        with torch.inference_mode():
+            inferred = layer.weight
+            assert inferred.is_inference() and layer.weight is inferred
+        with torch.no_grad():
+            assert layer.weight is value and not value.is_inference()
+
+
+def test_other_originals_have_values_of_their_own() -> None:
+    layer = _layer()
+    other = {"parametrizations.weight.original": _original(layer).detach() * 2}
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x), torch.func.functional_call(layer, other, (x,))
+        with fxparam.frozen(layer):
+            for _ in range(2):
+                assert_close(layer(x), expected[0])
+                assert_close(torch.func.functional_call(layer, other, (x,)), expected[1])
+
+
+def test_what_torch_does_not_count_is_forgotten_on_request() -> None:
+    layer = _layer()
+    model = fxparam.compile(Broken(layer), scope="frozen", backend=fxparam.backend("aot_eager"))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with fxparam.frozen(layer), torch.no_grad():
+        stale, before = model(x), layer.weight
+        _original(layer).data.mul_(2)
+        assert_close(model(x), stale)
+        fxparam.invalidate(layer)
+        assert layer.weight is not before
+        assert_close(model(x), Broken(layer)(x))
+    with pytest.raises(TypeError, match="got none"):
+        fxparam.invalidate()
+
+
+def test_copies_and_the_state_of_a_compiled_model() -> None:
+    layer = _layer()
+    model = fxparam.compile(Broken(layer), scope="frozen", backend=fxparam.backend("aot_eager"))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        y = model(x)
+        twin = copy.deepcopy(model)
+        assert twin.state_dict().keys() == model.state_dict().keys()
+        assert helpers.counted(lambda: twin(x))[0] >= 1
+        assert helpers.counted(lambda: twin(x)) == (0, 0)
+        _write(twin.layer)
+        assert_close(model(x), y)
+        assert_close(twin(x), Broken(twin.layer)(x))
+    assert not model.eval().layer.training and model.training is False
+
+
+def test_threads_get_one_of_two_values() -> None:
+    torch.manual_seed(0)
+    layer = fxparam.adopt(orthogonal(nn.Linear(4, 4, dtype=torch.float64)))
+    model = fxparam.compile(layer, scope="frozen", backend=fxparam.backend("eager"))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    weights = [nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2)]
+    chain = layer.parametrizations.weight
+    with torch.no_grad():
+        legal = []
+        for weight in weights:
+            chain.original = weight
+            legal.append(layer(x))
+        model(x)
+    wrong: list[Tensor] = []
+
+    def serve() -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                y = model(x)
+                if not any(torch.allclose(y, each) for each in legal):
+                    wrong.append(y)
+
+    def swap() -> None:
+        for i in range(200):
+            chain._parameters["original"] = weights[i % 2]
+
+    threads = [threading.Thread(target=f) for f in (*[serve] * 7, swap)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_values_go_with_the_model() -> None:
+    import gc
+    import weakref
+
+    layer = _layer()
+    gone = weakref.ref(layer.parametrizations.weight)
+    with fxparam.frozen(), torch.no_grad():
+        value = weakref.ref(layer.weight)
+        del layer
+        gc.collect()
+        assert gone() is None and value() is None
+
+
+def test_weight_norm_in_a_server_loop_is_adopted() -> None:
+    plain = weight_norm(nn.Linear(3, 3)).eval()
+    model = fxparam.compile(plain, scope="frozen", backend=fxparam.backend("aot_eager"))
+    x = torch.ones(1, 3)
+    with torch.inference_mode():
+        assert_close(model(x), plain(x))
+        assert_close(model(x), plain(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fxparam.frozen(plain), torch.no_grad():
+            assert plain.weight is plain.weight
