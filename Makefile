@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 N ?= 1000
+# Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
+WORKERS ?= 2
 
 .PHONY: demo test test-newest lint bench fuzz interop clean
 
@@ -26,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/python -m fxparam demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-newest:
 	$(MAKE) test TORCH=$(shell sed -n 's/^torch==//p' constraints-newest.txt)
