@@ -130,8 +130,9 @@ def program(
     inputs = inputs_of(case, size, setting)
     run = _autocast(_run(case, contestant, model), setting)
     step = case.step_of(contestant.source == "by hand")
-    if contestant.region == "fxparam" and case.scope == "accumulate":
-        step = _accumulating(step)
+    if contestant.region == "fxparam" and case.scope in ("accumulate", "around"):
+        block = fxparam.accumulate if case.scope == "accumulate" else fxparam.cached
+        step = _in_block(block, step)
     plain, compiled = contestant.source == "plain", contestant.compiler is not None
     fixed = plain or contestant.freezing or (case.exported and compiled)
     return Program(model, run, inputs, step, setting, plain, fixed, plain and case.effects)
@@ -174,6 +175,8 @@ def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
         fxparam.adopt(model)
         run = _own_code(_in_region(model, fxparam.cached))
         return torch.compile(run, backend="fxparam", **options)
+    if contestant.region == "fxparam" and case.scope in ("call", "frozen"):
+        return fxparam.compile(model, scope=case.scope, **options)
     return torch.compile(model, backend=contestant.compiler, **options)
 
 
@@ -208,9 +211,9 @@ def _in_region(
     return run
 
 
-def _accumulating(step: Callable[..., Any]) -> Callable[..., Any]:
+def _in_block(block: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
     def run(model: nn.Module, *args: Any) -> Any:
-        with fxparam.accumulate(model):
+        with block(model):
             return step(model, *args)
 
     return run

@@ -1,12 +1,18 @@
-"""The orthogonal recurrent network with graph breaks: four graphs, each reads the weight."""
+"""The orthogonal recurrent network in several graphs, each of which reads the weight.
+
+Four graphs of one call, split by graph breaks; and a compiled cell in an eager loop.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from benchmarks.cases.case import Case
+from benchmarks.cases.case import Case, Inputs, Run, Size, loss_of
 from benchmarks.cases.recurrent import Recurrent, sequence
 
 __all__ = ["CASES"]
@@ -49,6 +55,49 @@ class BrokenByHand(Recurrent):
         return self.run(h, fourth, weight)
 
 
+class Cell(Recurrent):
+    """One step: compiled, and called in a loop that is not."""
+
+    def forward(self, row: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.read(row) + self.cell(h))
+
+
+class CellByHand(Recurrent):
+    """Gives the weight, or takes it."""
+
+    def forward(
+        self, row: Tensor | None = None, h: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        if row is None or h is None or weight is None:
+            return self.cell.weight
+        return torch.tanh(self.read(row) + linear(h, weight))
+
+
+def _loop(model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]) -> Any:
+    h, *rows = inputs
+    for row in rows:
+        h = run(row, h)
+    forward_done()
+    loss_of(h).backward()
+    return h
+
+
+def _loop_by_hand(
+    model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]
+) -> Any:
+    h, *rows = inputs
+    weight = run()
+    for row in rows:
+        h = run(row, h, weight)
+    forward_done()
+    loss_of(h).backward()
+    return h
+
+
+def _rows(size: Size) -> Inputs:
+    return tuple(torch.randn(size.batch, size.width) for _ in range(size.steps + 1))
+
+
 CASES = [
     Case(
         name="graph-breaks",
@@ -58,6 +107,17 @@ CASES = [
         inputs=sequence,
         grows="steps",
         fullgraph=False,
-        scope="cached",
+        scope="call",
+    ),
+    Case(
+        name="eager-loop",
+        about="a compiled cell that eager code calls in a loop",
+        written=Cell,
+        by_hand=CellByHand,
+        inputs=_rows,
+        grows="steps",
+        scope="around",
+        step=_loop,
+        by_hand_step=_loop_by_hand,
     ),
 ]

@@ -84,7 +84,9 @@ class Case:
         the one as written, and contestants that share are checked against eager under ``cached()``.
     exported: whether what is compiled is exported and goes to AOTInductor.
     fullgraph: as ``torch.compile``'s, for every contestant that compiles: a break is an error.
-    scope: what fxparam can be asked for here, beyond what it does unasked.
+    scope: what fxparam can be asked for here, beyond what it does unasked: ``cached()`` in the
+        compiled code (``cached``) or around a whole step (``around``), a scope of ``compile``
+        (``call``, ``frozen``), ``accumulate()``, or an export that folds.
     step, by_hand_step: what is timed; the second for the source hoisted by hand, if it differs.
     jax: ``(parameters, inputs, by_hand) -> output`` in JAX, from parameters under torch's names.
     quick: whether it is among the cases of ``--quick``.
@@ -102,7 +104,7 @@ class Case:
     effects: bool = False
     exported: bool = False
     fullgraph: bool = True
-    scope: Literal["cached", "accumulate", "fold"] | None = None
+    scope: Literal["cached", "call", "around", "accumulate", "frozen", "fold"] | None = None
     step: Step | None = None
     by_hand_step: Step | None = None
     jax: Callable[[dict[str, Any], Sequence[Any], bool], Any] | None = None

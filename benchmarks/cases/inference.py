@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
+from benchmarks.cases.accumulation import TernaryStack
 from benchmarks.cases.case import Case, Size
 from benchmarks.cases.recurrent import ByHand, Recurrent, sequence
+from benchmarks.cases.wavenet import Stack, window
 
 __all__ = ["CASES"]
 
@@ -71,6 +73,28 @@ CASES = [
         inputs=sequence,
         grows="steps",
         train=False,
+        scope="frozen",
+    ),
+    Case(
+        name="inference-weight-norm",
+        about="a stack of gated convolutions under weight norm, without gradients",
+        written=lambda size: Stack(size).eval(),
+        by_hand=lambda size: Stack(size).eval(),
+        inputs=window,
+        grows="layers",
+        size=Size(layers=16, width=32, batch=8),
+        train=False,
+        scope="frozen",
+    ),
+    Case(
+        name="inference-ternary",
+        about="linear layers with ternary weights, without gradients",
+        written=lambda size: TernaryStack(size).eval(),
+        by_hand=lambda size: TernaryStack(size).eval(),
+        inputs=lambda size: (torch.randn(size.batch, 4 * size.width),),
+        grows="layers",
+        train=False,
+        scope="frozen",
     ),
     Case(
         name="export",

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks.cases.case import TINY, Case, Inputs, Size
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "Stack", "window"]
 
 _WINDOW = 32
 _DILATIONS = 4  # dilations go 1, 2, 4, 8 and start again
@@ -79,11 +79,11 @@ class GeneratorByHand(Stack):
         return x
 
 
-def _window(size: Size) -> Inputs:
+def window(size: Size) -> Inputs:
     return (torch.randn(size.batch, size.width, _WINDOW),)
 
 
-_COMMON: dict[str, Any] = {"inputs": _window, "tiny": TINY}
+_COMMON: dict[str, Any] = {"inputs": window, "tiny": TINY}
 CASES = [
     Case(
         name="wavenet",

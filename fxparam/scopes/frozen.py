@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from fxparam._torch.names import behind_proxy
 from fxparam.scopes import store
+from fxparam.scopes.dropped import without_originals
 from fxparam.scopes.held import Values
 from fxparam.scopes.models import adopt_models, lists_in
 from fxparam.scopes.purity import evaluate_noting_effects
@@ -120,7 +121,7 @@ def frozen_call(frozen: FrozenValues) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(*models: Module) -> Iterator[None]:
+def frozen(*models: Module, drop_originals: bool = False) -> Iterator[None]:
     """Evaluate each parametrized tensor once for the whole block, in inference.
 
     Where no gradients are recorded (``torch.no_grad()``, ``torch.inference_mode()``), the first
@@ -139,9 +140,16 @@ def frozen(*models: Module) -> Iterator[None]:
     Args:
         models: modules whose parametrizations, registered through torch, are made ours for good, as
             :func:`fxparam.adopt` does. None is needed for what is ours already.
+        drop_originals: True: the parametrized tensors of ``models`` are plain ones with their
+            values, in the block and for all threads, and the originals' memory is given up. What
+            they hold is kept in files, or in main memory for those on an accelerator, and put back
+            at the end. The models must be in ``eval()`` mode. Their state dicts have the plain
+            tensors.
 
     Raises:
-        TypeError: if one of ``models`` is not a module.
+        TypeError: if one of ``models`` is not a module; with ``drop_originals``, if there is none.
+        RuntimeError: with ``drop_originals``, if a model is in training mode, at the begin or when
+            it is called, or if an evaluation writes a tensor or draws a random number.
 
     Note:
         Writes that torch does not count are not noticed: those through ``tensor.data``, NumPy or
@@ -157,6 +165,10 @@ def frozen(*models: Module) -> Iterator[None]:
         True
     """
     adopt_models(models)
+    if drop_originals:
+        with without_originals(*models):
+            yield
+        return
     around = store.current()
     with store.inside(FrozenRegion(FrozenValues(), None if around is None else around.shared)):
         yield

@@ -12,7 +12,7 @@ import torch
 
 from tests.fuzz import campaign, mutate, themes
 from tests.fuzz.generate import generate
-from tests.fuzz.program import render
+from tests.fuzz.program import SCOPES, render
 
 
 def main() -> int:
@@ -20,9 +20,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=1000, help="how many seeds")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--inner", default="", help="an inner backend for all programs: inductor")
-    parser.add_argument(
-        "--around", action="store_true", help="call each twice, in an eager cached() region"
-    )
+    parser.add_argument("--scope", default="", choices=SCOPES, help="share for longer than a graph")
     parser.add_argument("--show", action="store_true", help="print the program of --start")
     parser.add_argument("--mutate", action="store_true", help="switch the rules off, one by one")
     parser.add_argument(
@@ -54,9 +52,7 @@ def main() -> int:
 def _fuzz(options: argparse.Namespace) -> int:
     told, tally = 0.0, campaign.Tally()
     seeds = range(options.start, options.start + options.n)
-    for program, judgement, tally in campaign.run(
-        seeds, inner=options.inner, around=options.around
-    ):
+    for program, judgement, tally in campaign.run(seeds, inner=options.inner, scope=options.scope):
         if time.monotonic() - told > 10:
             told = time.monotonic()
             print(f"seed {program.seed}: {tally.line()}", file=sys.stderr, flush=True)

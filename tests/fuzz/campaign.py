@@ -7,11 +7,11 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import Judgement, Verdict, judge
-from tests.fuzz.program import Program, ingredients
+from tests.fuzz.program import Program, in_scope, ingredients
 from tests.fuzz.shrink import shrink
 
 
@@ -62,16 +62,16 @@ class Tally:
 
 
 def run(
-    seeds: Iterable[int], *, inner: str = "", around: bool = False
+    seeds: Iterable[int], *, inner: str = "", scope: str = ""
 ) -> Iterator[tuple[Program, Judgement, Tally]]:
     """Judge the program of each seed; the tally is the same object, growing.
 
     Args:
-        around: each is called in an eager ``cached()`` region.
+        scope: how long each shares: one of ``SCOPES``.
     """
     tally, begin = Tally(), time.monotonic()
     for count, seed in enumerate(seeds):
-        program = replace(generate(seed), around=around)
+        program = in_scope(generate(seed), scope)
         judgement = judge(program, inner=inner)
         tally.add(program, judgement)
         tally.seconds = time.monotonic() - begin

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from random import Random
 
-from tests.fuzz.program import Block, Holder, Line, Statement
+from tests.fuzz.program import IMPURE, Block, Holder, Line, Statement
 
 #: Holders that only statements of their own read.
 APART = ("singular", "narrow", "recurrent")
@@ -22,7 +22,6 @@ _LOOPS = {"scan", "map", "narrow scan"}
 _REGIONS = {"region", "region of many calls"}
 _BRANCHES = {"cond", "switch"}
 HIGHER_ORDER = {*_LOOPS, *_REGIONS, *_BRANCHES, "while_loop"}
-_IMPURE = {"DropoutMask", "Counter", "Iterated", "spectral_norm", "Normalized", "WorksInPlace"}
 
 
 # The second changes nothing where autocast is off.
@@ -68,7 +67,7 @@ class Writer:
             return any(self._is_impure(h) for h in self.holders if h.name == holder.same_as)
         read = [h for link in holder.chain for h in self.holders if h.name == link.of]
         own = {link.kind for link in holder.chain}
-        return bool(_IMPURE & own) or any(map(self._is_impure, read))
+        return bool(IMPURE & own) or any(map(self._is_impure, read))
 
     def program(self) -> tuple[Statement, ...]:
         return self._statements(self.rng.randint(3, 7))

@@ -136,7 +136,7 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
 
 def _is_refused(script: ModuleType, error: BaseException | None) -> bool:
     """Whether the error says that this is not done, and what to do instead."""
-    named = ["fxparam.cached() around"]
+    named = ["fxparam.cached() around", "fxparam.accumulate()"]
     if script.CAPTURE != "compile":
         named += ["cannot be traced symbolically", "Explanation: Dynamo does not support"]
     return any(words in str(error) for words in named)

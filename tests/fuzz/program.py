@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -102,6 +102,14 @@ class Holder:
         return tuple(f"parametrizations.weight.{name}" for name in names)
 
 
+#: Parametrizations that write, or draw random numbers.
+IMPURE = {"DropoutMask", "Counter", "Iterated", "spectral_norm", "Normalized", "WorksInPlace"}
+
+#: By a graph; by two calls in an eager ``cached()`` region; by a call; by calls without gradients;
+#: by two micro-batches.
+SCOPES = ("", "region", "call", "frozen", "step")
+
+
 @dataclass(frozen=True)
 class Program:
     """A model, how it is run, and on what.
@@ -111,7 +119,7 @@ class Program:
         training: the modules' mode.
         grad: with gradients, or all under ``no_grad``.
         caller_writes: whether the caller writes to the returned tensors before backward.
-        around: whether it is called twice, in an eager ``cached()`` region.
+        scope: how long a value is shared, one of ``SCOPES``.
         theme: what it is about, if it is no general program.
         capture: how fxparam captures it: "compile", "trace" or "trace by Dynamo".
         flags: those of Dynamo's that are on.
@@ -130,7 +138,7 @@ class Program:
     caller_writes: bool
     holders: tuple[Holder, ...]
     statements: tuple[Statement, ...]
-    around: bool = False
+    scope: str = ""
     theme: str = ""
     capture: str = "compile"
     flags: tuple[str, ...] = ()
@@ -182,7 +190,7 @@ from tests.fuzz.pieces import amplified, cond, map_rows, region, scan, squash, s
 
 SIZE, DTYPE = {size}, torch.{dtype}
 INNER, GRAD, CALLER_WRITES = "{inner}", {grad}, {caller_writes}
-AUTOCAST, AROUND = {autocast}, {around}
+AUTOCAST, SCOPE, EFFECTS = {autocast}, "{scope}", {effects}
 CAPTURE, FLAGS, TOLERANCE = "{capture}", {flags}, {tolerance}
 BUDGET, BETWEEN = {budget}, "{between}"
 
@@ -207,12 +215,23 @@ if __name__ == "__main__":
 """
 
 
+def in_scope(program: Program, scope: str) -> Program:
+    """The program in a scope; as it is if it is traced, since a trace has none."""
+    return replace(program, scope=scope) if program.capture == "compile" else program
+
+
 def render(program: Program) -> str:
     """The script."""
     used = {link.kind for holder in program.holders for link in holder.chain}
     used |= {_module(holder) for holder in program.holders}
     used |= {base.__name__ for name in used for base in getattr(pieces, name, object).__mro__}
-    parts = [_HEAD.format(**vars(program), autocast="autocast" in ingredients(program))]
+    parts = [
+        _HEAD.format(
+            **vars(program),
+            autocast="autocast" in ingredients(program),
+            effects=not used.isdisjoint(IMPURE),
+        )
+    ]
     for name, piece in dict(vars(pieces)).items():  # Dynamo takes globals of its own out again
         if name in used:
             parts.append(inspect.getsource(piece))

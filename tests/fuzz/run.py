@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -108,7 +108,8 @@ def by_fxparam(script: ModuleType, inner: Inner) -> Record:
         examples = (script.values(77),) if script.CAPTURE == "trace by Dynamo" else None
         return _run(script, lambda model: _traced(model, examples))
     backend = fxparam.backend(inner)
-    record = _run(script, lambda model: torch.compile(model, backend=backend))
+    scope = script.SCOPE if script.SCOPE in ("call", "frozen") else "graph"
+    record = _run(script, lambda model: fxparam.compile(model, scope=scope, backend=backend), True)
     record.merged = sum(report.merged for report in backend.reports)
     return record
 
@@ -119,7 +120,9 @@ def _traced(model: nn.Module, examples: Sequence[Tensor] | None) -> Callable[...
     return fxparam.symbolic_trace(model, example_inputs=examples)
 
 
-def _run(script: ModuleType, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Record:
+def _run(
+    script: ModuleType, wrap: Callable[[nn.Module], Callable[..., Any]], by_us: bool = False
+) -> Record:
     record = Record()
     with (
         warnings.catch_warnings(record=True) as caught,
@@ -131,25 +134,47 @@ def _run(script: ModuleType, wrap: Callable[[nn.Module], Callable[..., Any]]) ->
         warnings.simplefilter("always")
         try:
             model = script.build()
-            call = _twice_in_a_region(wrap(model)) if script.AROUND else wrap(model)
+            call = _in_scope(script.SCOPE, wrap(model), model, by_us)
+            block = _block(script, model, by_us)
             x = script.values(77).requires_grad_(script.GRAD)
             for step in range(_STEPS):
                 torch.manual_seed(step)
                 with torch.set_grad_enabled(script.GRAD):
-                    _step(script, model, call, x, record.seen, f"step {step}")
+                    _step(script, model, call, x, record.seen, f"step {step}", block)
         except Exception as error:
             record.error = error
     mine = [w for w in caught if not any(f"/torch/{part}/" in w.filename for part in _MACHINERY)]
+    mine = [w for w in mine if "a frozen scope of fxparam" not in str(w.message)]
     record.seen["warnings"] = sorted({f"{w.category.__name__}: {w.message}" for w in mine})
     return record
 
 
-def _twice_in_a_region(call: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor) -> tuple[Tensor, ...]:
-        with fxparam.cached():
-            return (*call(x), *call(x))
+def _in_scope(
+    scope: str, call: Callable[..., Any], model: nn.Module, by_us: bool
+) -> Callable[..., Any]:
+    """Calls that share as in a scope. Ours are in it; eager's are in a region each."""
+    adopted = () if scope == "region" else (model,)
 
-    return run
+    def in_a_region(x: Tensor) -> tuple[Tensor, ...]:
+        with fxparam.cached(*adopted):
+            return (*call(x), *call(x)) if scope == "region" else call(x)
+
+    def with_and_without_gradients(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            first = (*one(x), *one(x))
+        return (*first, *one(x))
+
+    one = call if by_us or not scope else in_a_region
+    if scope == "region":
+        return in_a_region
+    return with_and_without_gradients if scope == "frozen" else one
+
+
+def _block(script: ModuleType, model: nn.Module, by_us: bool) -> Callable[[], Any]:
+    """What a step is in. What has effects is another program unless it is evaluated once."""
+    if script.SCOPE == "step" and (by_us or script.EFFECTS):
+        return lambda: fxparam.accumulate(model)
+    return nullcontext
 
 
 def _step(
@@ -159,19 +184,11 @@ def _step(
     x: Tensor,
     seen: dict[str, Any],
     step: str,
+    block: Callable[[], Any],
 ) -> None:
-    outputs = call(x)
-    seen[f"{step}: aliasing"] = _aliasing(outputs)
-    if script.CALLER_WRITES:
-        with torch.no_grad():
-            for output in outputs[1:2]:
-                output.mul_(2)
-    for k, output in enumerate(outputs):
-        seen[f"{step}: output {k}"] = output.detach().clone()
-        seen[f"{step}: output {k} requires grad"] = output.requires_grad
-    if script.GRAD:
-        _write_between(script.BETWEEN, model)
-        _backward(outputs)
+    with block():
+        for micro in range(2 if script.SCOPE == "step" else 1):
+            _forward_and_backward(script, model, call, x, seen, f"{step}.{micro}")
     for name, leaf in [("x", x), *model.named_parameters()]:
         seen[f"{step}: gradient of {name}"] = None if leaf.grad is None else leaf.grad.clone()
         if leaf.grad is not None:
@@ -183,6 +200,29 @@ def _step(
     for name, buffer in model.named_buffers():
         seen[f"{step}: {name}"] = buffer.detach().clone()
     seen[f"{step}: random number generator"] = torch.get_rng_state()
+
+
+def _forward_and_backward(
+    script: ModuleType,
+    model: nn.Module,
+    call: Callable[..., Any],
+    x: Tensor,
+    seen: dict[str, Any],
+    step: str,
+) -> None:
+    outputs = call(x)
+    if script.SCOPE != "frozen":  # in which two calls return one tensor
+        seen[f"{step}: aliasing"] = _aliasing(outputs)
+    if script.CALLER_WRITES and script.SCOPE != "frozen":
+        with torch.no_grad():
+            for output in outputs[1:2]:
+                output.mul_(2)
+    for k, output in enumerate(outputs):
+        seen[f"{step}: output {k}"] = output.detach().clone()
+        seen[f"{step}: output {k} requires grad"] = output.requires_grad
+    if script.GRAD:
+        _write_between(script.BETWEEN, model)
+        _backward(outputs)
 
 
 def _write_between(by: str, model: nn.Module) -> None:

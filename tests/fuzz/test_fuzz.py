@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 from tests.fuzz import campaign, mutate, themes
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import Verdict, judge
-from tests.fuzz.program import render
+from tests.fuzz.program import SCOPES, in_scope, render
 from tests.fuzz.run import load
 
 _SLICES = 8
@@ -51,9 +50,10 @@ def test_programs_give_the_same_as_in_eager(part: int) -> None:
     assert tally.verdicts[Verdict.SAME] >= tally.run / 2
 
 
-def test_programs_in_a_region_give_the_same_as_in_eager() -> None:
+@pytest.mark.parametrize("scope", filter(None, SCOPES))
+def test_programs_in_a_scope_give_the_same_as_in_eager(scope: str) -> None:
     tally = campaign.Tally()
-    for _, judgement, tally in campaign.run(range(2 * _SLICE), around=True):
+    for _, judgement, tally in campaign.run(range(_SLICE), scope=scope):
         if judgement.verdict is Verdict.MISMATCH:
             program = campaign.shrunk(tally.mismatches[-1])
             pytest.fail(f"{judgement.differences}\n\n{render(program)}")
@@ -62,7 +62,7 @@ def test_programs_in_a_region_give_the_same_as_in_eager() -> None:
 
 @pytest.mark.parametrize("seed", (8001, 8025))
 def test_programs_in_a_region_that_once_did_not(seed: int) -> None:
-    program = replace(generate(seed), around=True)
+    program = in_scope(generate(seed), "region")
     assert judge(program).verdict is not Verdict.MISMATCH
 
 

@@ -350,3 +350,80 @@ def test_weight_norm_in_a_server_loop_is_adopted() -> None:
         warnings.simplefilter("error")
         with fxparam.frozen(plain), torch.no_grad():
             assert plain.weight is plain.weight
+
+
+# --- without originals ---------------------------------------------------------------------------
+
+
+def _stack() -> Any:
+    torch.manual_seed(0)
+    layers = [
+        weight_norm(nn.Linear(3, 3)),
+        orthogonal(nn.Linear(3, 3)),
+        spectral_norm(nn.Linear(3, 3)),
+    ]
+    fxparam.register_parametrization(layers[0], "bias", nn.Tanh())
+    return nn.Sequential(*layers).eval()
+
+
+def test_originals_give_up_their_memory_and_get_it_back() -> None:
+    model, x = _stack(), torch.randn(2, 3)
+    twin = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    expected = model(x).detach()
+    with fxparam.frozen(model, drop_originals=True):
+        assert not any("parametrizations" in name for name in model.state_dict())
+        assert all(p.numel() == 0 for name, p in parameters.items() if "original" in name)
+        assert type(model[1]) is nn.Linear
+        assert_close(model(x), expected)
+        assert_close(torch.compile(model, backend="eager")(x), expected)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for name, p in model.named_parameters():
+        assert p is parameters[name]
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert_close(a, b, rtol=0, atol=0, msg=name)
+    model.train()(x).sum().backward()
+    twin.train()(x).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+def test_a_tied_original_keeps_its_memory() -> None:
+    model = _stack()
+    model.append(nn.Linear(3, 3, bias=False).eval())
+    model[3].weight = model[1].parametrizations.weight.original
+    with fxparam.frozen(model, drop_originals=True):
+        assert model[3].weight.numel() == 9
+
+
+def test_training_without_originals_is_refused() -> None:
+    model, x = _stack(), torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match=r"found: in training mode are \['1', '1.param"):
+        model[1].train()
+        with fxparam.frozen(model, drop_originals=True):
+            pass
+    model.eval()
+    before = model.state_dict()
+    with fxparam.frozen(model, drop_originals=True):
+        model.train()
+        with pytest.raises(RuntimeError, match=r"required: model.eval\(\)"):
+            model(x)
+    for name, value in model.state_dict().items():
+        assert_close(value, before[name], rtol=0, atol=0)
+    model(x)
+
+
+def test_evaluations_with_effects_have_no_value_in_place_of_originals() -> None:
+    class Draws(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rand(())
+
+    model = _stack()
+    fxparam.register_parametrization(model[1], "weight", Draws())
+    with (
+        pytest.raises(RuntimeError, match=r"the evaluation of '1.weight'"),
+        fxparam.frozen(model, drop_originals=True),
+    ):
+        pass
+    with pytest.raises(TypeError, match="got none"), fxparam.frozen(drop_originals=True):
+        pass
