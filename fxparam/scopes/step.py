@@ -25,6 +25,7 @@ from fxparam._torch.tensors import version_of
 from fxparam.scopes import store
 from fxparam.scopes.additive import check_additive
 from fxparam.scopes.models import lists_in
+from fxparam.scopes.snapshot import Snapshot
 
 __all__ = ["accumulate"]
 
@@ -42,7 +43,7 @@ class _Step(store.Region):
         # Each value, the leaf for its readers, and the node in which the leaf's gradients arrive.
         self._leaves: list[tuple[Tensor, Tensor, Any]] = []
         self._closed = False
-        self._narrow: dict[int, torch.dtype] = {}  # by the identity of a leaf in more bits
+        self._dtypes: dict[int, torch.dtype] = {}  # of values, by the identity of their leaves
 
     @property
     def usable(self) -> bool:
@@ -55,23 +56,27 @@ class _Step(store.Region):
             value: Tensor = chain()
         if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
             return value
+        if not all(map(_is_leaf, Snapshot(chain).objects)):
+            return value  # a micro-batch computed an original, whose backward goes on through it
         check_additive(chain, value, self._names[chain])
         wide = _widest(chain, value)
         leaf = value.detach().to(wide).requires_grad_()
-        if wide != value.dtype:
-            self._narrow[id(leaf)] = value.dtype
+        self._dtypes[id(leaf)] = value.dtype
         node: Any = torch.autograd.graph.get_gradient_edge(leaf).node
         node.register_prehook(self._refuse_if_closed)  # a hook of the leaf Dynamo would see
         self._leaves.append((value, leaf, node))
         return leaf
 
     def hand_out(self, value: Tensor) -> Tensor:
-        """Return what one reader gets; in the value's precision, with a cast of its own.
+        """Return what one reader gets: an alias of its own, or a cast to the value's precision.
 
-        The gradients of the casts are summed in the precision of the originals, as in eager code.
+        So a hook on it sees the gradient of this reader, as in eager code, and the gradients of
+        casts are summed in the precision of the originals.
         """
-        dtype = self._narrow.get(id(value))
-        return value if dtype is None else value.to(dtype)
+        dtype = self._dtypes.get(id(value))
+        if dtype is None:
+            return value
+        return value.view_as(value) if dtype == value.dtype else value.to(dtype)
 
     def forget(self, chain: Module) -> None:
         """Refuse an assignment: what was computed in the block has the value from before.
@@ -135,6 +140,10 @@ def _backward(value: Tensor, gradient: Tensor) -> None:
                 "required: originals and buffers that stay as they are until then\n"
                 f"found: {error}"
             ) from error
+
+
+def _is_leaf(held: object) -> bool:
+    return not isinstance(held, Tensor) or held.is_leaf
 
 
 def _outside_checkpoints() -> AbstractContextManager[Any]:

@@ -137,6 +137,8 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
 def _is_refused(script: ModuleType, error: BaseException | None) -> bool:
     """Whether the error says that this is not done, and what to do instead."""
     named = ["fxparam.cached() around", "fxparam.accumulate()"]
+    if script.SCOPE == "step":
+        named.append("leaf Variable that requires grad is being used in an in-place operation")
     if script.CAPTURE != "compile":
         named += ["cannot be traced symbolically", "Explanation: Dynamo does not support"]
     return any(words in str(error) for words in named)

@@ -229,7 +229,7 @@ def render(program: Program) -> str:
         _HEAD.format(
             **vars(program),
             autocast="autocast" in ingredients(program),
-            effects=not used.isdisjoint(IMPURE),
+            effects=not used.isdisjoint({*IMPURE, "Overwritten"}),
         )
     ]
     for name, piece in dict(vars(pieces)).items():  # Dynamo takes globals of its own out again

@@ -514,3 +514,36 @@ def test_an_export_in_the_block_has_the_originals() -> None:
         program = fxparam.export(model, (x,))
     assert "0.parametrizations.weight.original" in program.state_dict
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_an_original_that_a_micro_batch_computes() -> None:
+    model, twin = _model(), _model()
+
+    def program(m: Any) -> None:
+        for x in _batches():
+            w = m[0].parametrizations.weight.original * x.sum()
+            y = functional_call(m[0], {"parametrizations.weight.original": w}, (m(x),))
+            y.square().sum().backward()
+
+    with fxparam.accumulate(model):
+        program(model)
+    program(twin)
+    _check_equal(model, twin)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hook_on_a_value_is_its_readers_own(compiled: bool) -> None:
+    model, twin = _model(), _model()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m[0].weight
+        weight.register_hook(lambda gradient: 2 * gradient)
+        return m(nn.functional.linear(x, weight))
+
+    run = torch.compile(forward, backend=fxparam.backend("aot_eager")) if compiled else forward
+    with fxparam.accumulate(model):
+        for x in _batches():
+            run(model, x).square().sum().backward()
+    for x in _batches():
+        forward(twin, x).square().sum().backward()
+    _check_equal(model, twin)
