@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.fx import GraphModule
@@ -30,8 +30,9 @@ def with_values_of_region(
 ) -> Callable[..., Callable[..., Any]]:
     """Return a backend that lets ``inner`` compile the graph without the region's evaluations.
 
-    The region has their values, or evaluates as eager code does: once, in front of the graph. What
-    the backend compiles is called with the inputs of the graph as it was.
+    The region has their values, or evaluates once, in front of the graph. The first graph that
+    reads a tensor has its evaluation compiled for that. What the backend compiles is called with
+    the inputs of the graph as it was.
 
     Args:
         gm: a hoisted graph of Dynamo's.
@@ -52,15 +53,39 @@ def with_values_of_region(
 
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = inner(rest, [*inputs, *(each.value for each in outside)])
-        held = list(map(ref, chains))
+        held = [
+            (ref(chain), inner(each.graph, inputs) if _is_first(chain, each) else None)
+            for chain, each in zip(chains, outside, strict=True)
+        ]
 
         def run(*args: Any) -> Any:
-            # Dynamo's guards, on which this runs, hold the identity of the lists.
-            return compiled(*args, *(read(chain()) for chain in held))  # type: ignore[arg-type]
+            values = []
+            for chain, evaluation in held:
+                evaluate = partial(_only, evaluation, args) if evaluation is not None else None
+                # Dynamo's guards, on which this runs, hold the identity of the lists.
+                values.append(read(chain(), evaluate=evaluate))  # type: ignore[arg-type]
+            return compiled(*args, *values)
 
         return run
 
     return compile
+
+
+# The modes in which an evaluation was compiled already: one graph reads a tensor first, and others
+# find its value.
+_compiled: WeakKeyDictionary[Module, set[object]] = WeakKeyDictionary()
+
+
+def _is_first(chain: Module, outside: TakenOut) -> bool:
+    modes = (outside.training, outside.modes)
+    known = _compiled.setdefault(chain, set())
+    return modes not in known and not known.add(modes)  # type: ignore[func-returns-value]
+
+
+def _only(evaluation: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Return the one result of a compiled graph."""
+    (value,) = evaluation(*args)
+    return value
 
 
 def _chain_of(outside: TakenOut, inputs: Sequence[Any]) -> Module:

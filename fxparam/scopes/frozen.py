@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -84,13 +84,19 @@ class FrozenRegion(store.Region):
             held = self._of_call.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
+    def keep(
+        self,
+        chain: Module,
+        name: str,
+        modes: tuple[object, ...],
+        evaluate: Callable[[], Tensor],
+    ) -> Tensor:
         """Return a new value, after holding it for as long as it is right."""
         if torch.is_grad_enabled():
             self._frozen.say("whose gradients are recorded: use torch.no_grad()")
-            value, pure = self.evaluate(chain, name), False
+            value, pure = evaluate(), False
         else:
-            value, pure = evaluate_noting_effects(chain, lambda: self.evaluate(chain, name))
+            value, pure = evaluate_noting_effects(chain, evaluate)
             if not pure:
                 self._frozen.say(
                     f"whose evaluations write tensors or draw random numbers: '{name}'"

@@ -11,8 +11,9 @@ autograd runs backwards, and with them checkpointed functions again, in threads 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ class _Step(store.Region):
         node.register_prehook(self._refuse_if_closed)  # a hook of the leaf Dynamo would see
         self._leaves.append((value, leaf, node))
         return leaf
+
+    def keep(
+        self,
+        chain: Module,
+        name: str,
+        modes: tuple[object, ...],
+        evaluate: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return a new value, evaluated by eager code, of whose backward all is to be seen."""
+        return super().keep(chain, name, modes, partial(self.evaluate, chain, name))
 
     def hand_out(self, value: Tensor) -> Tensor:
         """Return what one reader gets: an alias of its own, or a cast to the value's precision.

@@ -23,6 +23,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -112,12 +113,15 @@ class Region:
         """Drop the values of a list, whose originals are about to be assigned."""
         self.values.forget(chain)
 
-    def read(self, chain: Module, name: str) -> Tensor:
+    def read(
+        self, chain: Module, name: str, evaluate: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """Return the value of a parametrization list: one that is still right, or a new one.
 
         Args:
             chain: a ``ParametrizationList``.
             name: the name of the tensor, for a warning; empty for none.
+            evaluate: what evaluates it, if that is not to be eager code.
 
         Raises:
             RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
@@ -128,24 +132,38 @@ class Region:
         modes = present()
         value = self.find(chain, modes)
         if value is None:
-            value = self._new_value(chain, name, modes)
+            value = self._new_value(chain, name, modes, evaluate)
         return self.hand_out(value)
 
     @untraced
-    def _new_value(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
+    def _new_value(
+        self,
+        chain: Module,
+        name: str,
+        modes: tuple[object, ...],
+        evaluate: Callable[[], Tensor] | None,
+    ) -> Tensor:
         """Return a new value; Dynamo compiles none of it."""
         own = behind_proxy(chain)
         value = None if own is chain else self.find(own, modes)
-        return self.keep(chain, name, modes) if value is None else value
+        if value is not None:
+            return value
+        return self.keep(chain, name, modes, evaluate or partial(self.evaluate, chain, name))
 
     def find(self, chain: Module, modes: tuple[object, ...]) -> Tensor | None:
         """Return the value that a new evaluation would give, or None."""
         held = self.values.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
+    def keep(
+        self,
+        chain: Module,
+        name: str,
+        modes: tuple[object, ...],
+        evaluate: Callable[[], Tensor],
+    ) -> Tensor:
         """Return a new value, and hold it for as long as it is right."""
-        value = self.evaluate(chain, name)
+        value = evaluate()
         self.values.keep(behind_proxy(chain), value, modes)
         return value
 
@@ -288,17 +306,18 @@ def _refuse_trace() -> NoReturn:
     )
 
 
-def read(chain: Module, name: str = "") -> Tensor:
+def read(chain: Module, name: str = "", evaluate: Callable[[], Tensor] | None = None) -> Tensor:
     """Return the value of ``chain`` in the current region: one that is still right, or a new one.
 
     Args:
         chain: a ``ParametrizationList``.
         name: the name of the tensor, for a warning; empty for none.
+        evaluate: what evaluates it, if that is not to be eager code.
     """
     region = step_of(chain) or current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
-    return region.read(chain, name)
+    return region.read(chain, name, evaluate)
 
 
 read_untraced = untraced(read)

@@ -88,6 +88,7 @@ class TakenOut:
         inputs: which of the inputs of the graph it is computed from.
         attributes: the tensors of the graph that it is computed from, too.
         value: an example of the value.
+        graph: the evaluation alone, with all the inputs of the graph.
     """
 
     chain: int
@@ -96,6 +97,7 @@ class TakenOut:
     inputs: tuple[int, ...]
     attributes: tuple[Any, ...]
     value: Any
+    graph: GraphModule
 
 
 def is_in_a_region_around(gm: GraphModule) -> bool:
@@ -165,7 +167,21 @@ class _Found:
             tuple(i for i, node in enumerate(inputs) if node in read),
             tuple(each for each in attributes if not isinstance(each, GraphModule)),
             value_of(self.value),
+            self._alone(gm),
         )
+
+    def _alone(self, gm: GraphModule) -> GraphModule:
+        """Return a copy of a graph that has nothing left but this evaluation."""
+        copy = copy_dynamo_graph(gm)
+        copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+        kept = {copies[node] for node in self.nodes}
+        copy.graph.output_node().args = ((copies[self.value],),)
+        for node in reversed(copy.graph.nodes):
+            needed = node.op in ("placeholder", "output") or node in kept or node.users
+            if not needed and not switches_a_mode(node):
+                copy.graph.erase_node(node)
+        copy.recompile()
+        return copy
 
 
 def _evaluations(gm: GraphModule, table: EffectTable) -> Iterator[Callable[[], _Found]]:
