@@ -23,7 +23,7 @@ from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.artifacts import warn_of_artifacts
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
-from fxparam.compiling.in_region import with_values_of_region
+from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
@@ -65,6 +65,7 @@ class Backend:
         self._inner, self._mode, self._options = inner, mode, options or {}
         self._max_bytes, self._strict = max_bytes, strict
         self._unshared: object = None  # the compilation whose graph a pass failed on
+        self._first_readers = FirstReaders()
         self.reports: list[Report] = []
         warn_of_artifacts()
 
@@ -139,7 +140,7 @@ class Backend:
             max_bytes=self._max_bytes,
         )
         if is_in_a_region_around(gm):
-            inner = with_values_of_region(gm, example_inputs, inner)
+            inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
 
     def _give_up(self, error: PassFailedError) -> NoReturn:
@@ -163,6 +164,7 @@ class Backend:
         """Called by ``torch.compiler.reset()``, as for Inductor and any backend with state."""
         self.reports.clear()
         forget_models()
+        self._first_readers = FirstReaders()
         inner = self._configured(self._mode, self._options)
         if hasattr(inner, "reset"):
             inner.reset()

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from fxparam._torch.dynamo import restart_trace
+from fxparam._torch.dynamo import restart_trace, traced_code
 from fxparam.graph.passes.take_outside import CannotTakeOut, TakenOut, all_of, take_outside
 from fxparam.scopes import under_dynamo
 from fxparam.scopes.modes import ambient_mark
@@ -20,13 +20,13 @@ from fxparam.scopes.reading import training_modes
 from fxparam.scopes.snapshot import Snapshot
 from fxparam.scopes.store import read
 
-__all__ = ["with_values_of_region"]
+__all__ = ["FirstReaders", "with_values_of_region"]
 
 _log = logging.getLogger("fxparam")
 
 
 def with_values_of_region(
-    gm: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any]
+    gm: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], first: FirstReaders
 ) -> Callable[..., Callable[..., Any]]:
     """Return a backend that lets ``inner`` compile the graph without the region's evaluations.
 
@@ -38,6 +38,7 @@ def with_values_of_region(
         gm: a hoisted graph of Dynamo's.
         inputs: those it is called with the first time.
         inner: the backend that compiles what is left.
+        first: the frames that have evaluations compiled.
 
     Raises:
         torch._dynamo.exc.RestartAnalysis: an evaluation must be read outside of the graph, and will
@@ -54,7 +55,7 @@ def with_values_of_region(
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = inner(rest, [*inputs, *(each.value for each in outside)])
         held = [
-            (ref(chain), inner(each.graph, inputs) if _is_first(chain, each) else None)
+            (ref(chain), inner(each.graph, inputs) if first.include(chain, each) else None)
             for chain, each in zip(chains, outside, strict=True)
         ]
 
@@ -71,15 +72,20 @@ def with_values_of_region(
     return compile
 
 
-# The modes in which an evaluation was compiled already: one graph reads a tensor first, and others
-# find its value.
-_compiled: WeakKeyDictionary[Module, set[object]] = WeakKeyDictionary()
+class FirstReaders:
+    """Which code has a tensor's evaluation compiled: it reads it first, others find its value."""
 
+    def __init__(self) -> None:
+        self._codes: WeakKeyDictionary[Module, dict[object, object]] = WeakKeyDictionary()
 
-def _is_first(chain: Module, outside: TakenOut) -> bool:
-    modes = (outside.training, outside.modes)
-    known = _compiled.setdefault(chain, set())
-    return modes not in known and not known.add(modes)  # type: ignore[func-returns-value]
+    def include(self, chain: Module, outside: TakenOut) -> bool:
+        """Check whether the present frame is the first to read a list in the modes of a read.
+
+        The first one stays the first when it is compiled again.
+        """
+        codes = self._codes.setdefault(chain, {})
+        code = traced_code()
+        return codes.setdefault((outside.training, outside.modes), code) is code
 
 
 def _only(evaluation: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn.functional import linear
+from torch.nn.utils.parametrizations import orthogonal
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -674,5 +675,30 @@ def test_no_empty_blocks_are_left() -> None:
     inner = fxparam.backend(lambda gm, _: graphs.append(gm) or gm)
     with fxparam.cached():
         torch.compile(model, backend=inner)(X)
-    (gm,) = graphs
-    assert not gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    gm, evaluation = graphs
+    switches = {"op": "call_function", "target": torch._C._set_grad_enabled}
+    assert not gm.graph.find_nodes(**switches)
+    assert len(evaluation.graph.find_nodes(**switches)) == 2
+
+
+def test_the_first_graph_that_reads_has_the_evaluation_compiled() -> None:
+    evaluations: list[torch.fx.GraphModule] = []
+
+    def record(gm: torch.fx.GraphModule, _: Any) -> Any:
+        if any("matrix_exp" in str(node.target) for node in gm.graph.nodes):
+            evaluations.append(gm)
+        return gm
+
+    layer = fxparam.adopt(orthogonal(nn.Linear(3, 3, dtype=torch.float64)))
+    backend = fxparam.backend(record)
+    functions = [lambda x: layer(x), lambda x: layer(-x)]
+    compiled = [torch.compile(function, backend=backend) for function in functions]
+    for _ in range(2):
+        with fxparam.cached():
+            for run, function in zip(compiled, functions, strict=True):
+                assert_close(run(X), function(X))
+    assert len(evaluations) == 1
+    compiled[0](X)  # outside of the region
+    with fxparam.cached():  # with fewer rows: compiled again, and still the first reader
+        compiled[0](X[:1])
+    assert len(evaluations) == 3
