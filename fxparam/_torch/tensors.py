@@ -28,8 +28,8 @@ __all__ = [
     "was_written",
 ]
 
-#: A tensor, and what changes when it is written or moved: version, ``requires_grad``, address.
-Facts = tuple[torch.Tensor, int, bool, int]
+#: A tensor, and what changes when it is written, moved or seen in another way.
+Facts = tuple[torch.Tensor, int, bool, int, int, tuple[int, ...]]
 
 _level = lookup("torch._C._functorch", "maybe_get_level")
 _is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
@@ -94,25 +94,38 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 
 def facts_of(tensor: torch.Tensor) -> Facts:
-    """Return a tensor with what changes when it is written or moved.
+    """Return a tensor with what changes when it is written, moved or seen in another way.
 
     While somebody keeps its storage, no other one has its address.
     """
-    return tensor, tensor._version, tensor.requires_grad, tensor.data_ptr()
+    return (
+        tensor,
+        tensor._version,
+        tensor.requires_grad,
+        tensor.data_ptr(),
+        tensor.numel(),
+        tensor.stride(),
+    )
 
 
 def are_unchanged(facts: list[Facts]) -> bool:
-    """Check whether tensors are as they were."""
-    for tensor, version, requires_grad, address in facts:
+    """Check whether tensors are as they were.
+
+    Raises:
+        RuntimeError: one became an inference tensor, which has no version.
+    """
+    for tensor, version, requires_grad, address, numel, stride in facts:
         if (
             tensor._version != version
             or tensor.data_ptr() != address
             or tensor.requires_grad is not requires_grad
+            or tensor.numel() != numel
+            or tensor.stride() != stride
         ):
             return False
     return True
 
 
-def was_written(tensor: torch.Tensor, version: int | None) -> bool:
-    """Check whether a tensor was written since it had a version; False for one without versions."""
-    return version is not None and tensor._version != version
+def was_written(tensor: torch.Tensor, version: int) -> bool:
+    """Check whether a tensor was written since it had a version."""
+    return tensor._version != version

@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 
 from fxparam.eager.classes import chains_of, original_class
 from fxparam.eager.describe import first_names
+from fxparam.scopes.held import state_of
 from fxparam.scopes.models import lists_in
 from fxparam.scopes.purity import evaluate_noting_effects
 
@@ -76,7 +77,7 @@ def _check_inference(model: Module, *_: Any) -> None:
 
 
 def _value(chain: Module, name: str) -> Tensor:
-    value, pure = evaluate_noting_effects(chain, chain)
+    value, pure = evaluate_noting_effects(chain, chain, state_of(chain))
     if not pure or not isinstance(value, Tensor):
         raise RuntimeError(
             "fxparam.frozen(drop_originals=True) replaces tensors by their values.\n"

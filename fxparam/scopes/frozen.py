@@ -15,7 +15,7 @@ from torch.nn import Module
 from fxparam._torch.names import behind_proxy
 from fxparam.scopes import store
 from fxparam.scopes.dropped import without_originals
-from fxparam.scopes.held import Values
+from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.models import adopt_models, lists_in
 from fxparam.scopes.purity import evaluate_noting_effects
 from fxparam.scopes.region import cached
@@ -92,18 +92,20 @@ class FrozenRegion(store.Region):
         evaluate: Callable[[], Tensor],
     ) -> Tensor:
         """Return a new value, after holding it for as long as it is right."""
+        own = behind_proxy(chain)
+        before = state_of(own)
         if torch.is_grad_enabled():
             self._frozen.say("whose gradients are recorded: use torch.no_grad()")
             value, pure = evaluate(), False
         else:
-            value, pure = evaluate_noting_effects(chain, evaluate)
+            value, pure = evaluate_noting_effects(own, evaluate, before)
             if not pure:
                 self._frozen.say(
                     f"whose evaluations write tensors or draw random numbers: '{name}'"
                 )
         values = self._frozen if pure else self._of_call
         if values is not None:
-            values.keep(behind_proxy(chain), value, modes)
+            values.keep(own, value, modes, before)
         return value
 
     def forget(self, chain: Module) -> None:

@@ -15,7 +15,13 @@ from fxparam.scopes.snapshot import Snapshot
 from fxparam.scopes.state import State
 from fxparam.scopes.unchanged import Unchanged
 
-__all__ = ["HeldValue", "Values"]
+__all__ = ["HeldValue", "Values", "state_of"]
+
+
+def state_of(chain: Module) -> Unchanged | Snapshot:
+    """Return the present state of what evaluations of a list read; the quick kind where it does."""
+    listed = None if inside_functorch() else Unchanged.of(chain)
+    return Snapshot(chain) if listed is None else listed
 
 
 class HeldValue:
@@ -37,28 +43,28 @@ class HeldValue:
         self.version = version_of(value)
 
     @classmethod
-    def of(cls, value: Tensor, chain: Module, modes: tuple[object, ...]) -> HeldValue | None:
+    def of(
+        cls, value: Tensor, chain: Module, modes: tuple[object, ...], before: Unchanged | Snapshot
+    ) -> HeldValue | None:
         """Return an entry for a new value; None when it must not outlive this read.
 
         Args:
-            value: what evaluating ``chain`` has just given. What the evaluation wrote itself
-                (spectral norm's vectors) does not make it stale.
+            value: what evaluating ``chain`` has just given.
             chain: a ``ParametrizationList``.
             modes: those of the evaluation.
+            before: the state before the evaluation. What the evaluation wrote itself (spectral
+                norm's vectors) does not make its value stale: then the state is taken anew.
         """
         if not isinstance(value, Tensor):
             return None
-        if not inside_functorch():
-            listed = Unchanged.of(chain)
-            if listed is not None:
-                return cls(value, listed, modes)
-        snapshot = Snapshot(chain)
-        if not snapshot.tracked:
-            return None
-        if inside_functorch() and functorch_level(value) > snapshot.level:
-            # Wrapped by a transform that no original knows: nothing would tell when its level ends.
-            return None
-        return cls(value, snapshot, modes)
+        state = before if before.compare(chain) is State.SAME else state_of(chain)
+        if isinstance(state, Snapshot):
+            if not state.tracked:
+                return None
+            if inside_functorch() and functorch_level(value) > state.level:
+                # Wrapped by a transform that no original knows: nothing would tell when it ends.
+                return None
+        return cls(value, state, modes)
 
 
 class Values:
@@ -80,12 +86,12 @@ class Values:
 
     def find(self, chain: Module, modes: tuple[object, ...]) -> HeldValue | None:
         """Return the value that a new evaluation would give, or None; drop what is stale."""
-        found = self._of.get(id(chain))
-        if found is None or found[0]() is not chain:
+        found = self._of.get(id(chain))  # of no other list: it goes when its own does
+        if found is None:
             return None
         for held in found[1]:
             if held.modes == modes:
-                written = was_written(held.value, held.version)
+                written = held.version is not None and was_written(held.value, held.version)
                 state = State.WRITTEN if written else held.state.compare(chain)
                 if state is State.SAME:
                     return held
@@ -94,9 +100,15 @@ class Values:
                     self._drop(chain, held)
         return None
 
-    def keep(self, chain: Module, value: Tensor, modes: tuple[object, ...]) -> None:
-        """Hold a new value, if it may outlive this read."""
-        held = HeldValue.of(value, chain, modes)
+    def keep(
+        self,
+        chain: Module,
+        value: Tensor,
+        modes: tuple[object, ...],
+        before: Unchanged | Snapshot,
+    ) -> None:
+        """Hold a new value, if it may outlive this read; see :meth:`HeldValue.of`."""
+        held = HeldValue.of(value, chain, modes, before)
         if held is not None:
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))

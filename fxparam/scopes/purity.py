@@ -8,34 +8,42 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
+from fxparam.scopes.reach import held_by, reached
 from fxparam.scopes.snapshot import Snapshot
+from fxparam.scopes.state import State
+from fxparam.scopes.unchanged import Unchanged
 
 __all__ = ["evaluate_noting_effects"]
 
 
-def evaluate_noting_effects(chain: Module, evaluate: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+def evaluate_noting_effects(
+    chain: Module, evaluate: Callable[[], Tensor], before: Unchanged | Snapshot
+) -> tuple[Tensor, bool]:
     """Return a value, and whether its evaluation wrote no tensor and drew no random number.
 
-    A power iteration writes, a random mask draws. So it is also noticed if another thread wrote a
-    tensor meanwhile. Python attributes that change are not noticed.
+    A power iteration writes, a random mask draws. So it is also noticed if another thread wrote or
+    exchanged a tensor meanwhile. Python attributes that change are not noticed, nor is a generator
+    that is found by a global name.
 
     Args:
         chain: a ``ParametrizationList``.
         evaluate: evaluates it.
+        before: its state.
     """
     generators = _generators(chain)
-    tensors, drawn = Snapshot(chain), [each.get_state() for each in generators]
+    drawn = [each.get_state() for each in generators]
     value = evaluate()
-    pure = Snapshot(chain) == tensors and all(
-        torch.equal(each.get_state(), before)
-        for each, before in zip(generators, drawn, strict=True)
+    pure = before.compare(chain) is State.SAME and all(
+        torch.equal(each.get_state(), state) for each, state in zip(generators, drawn, strict=True)
     )
     return value, pure
 
 
 def _generators(chain: Module) -> list[Generator]:
     """Return the generators that an evaluation may draw from: its own, and those of its devices."""
-    own = [v for m in chain.modules() for v in vars(m).values() if isinstance(v, Generator)]
+    modules = list(chain.modules())
+    held = (value for module in modules for value in held_by(module))
+    own = [each for each in reached(held, modules, Generator) if isinstance(each, Generator)]
     devices = {tensor.device for tensor in (*chain.parameters(), *chain.buffers())}
     for device in devices:
         if device.type == "cuda":

@@ -18,7 +18,15 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["held_by", "held_by_class", "holds_nothing", "parts_of", "reached"]
+__all__ = [
+    "constants_of",
+    "held_by",
+    "held_by_class",
+    "holds_nothing",
+    "is_constant",
+    "parts_of",
+    "reached",
+]
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _LEAVES = frozenset({bool, int, float, complex, str, bytes, type(None), type})
@@ -57,7 +65,7 @@ def held_by(module: Module) -> list[Any]:
     return [v for v in own if not any(v is store for store in stores)] + held_by_class(type(module))
 
 
-def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | Module]:
+def reached(start: Iterable[Any], known: Iterable[Module], *others: type) -> Iterator[Any]:
     """Yield each tensor and module that ``start`` leads to, once.
 
     The order is the same in each call, as long as nothing was changed.
@@ -65,6 +73,7 @@ def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | 
     Args:
         start: any objects.
         known: modules that are not yielded, and not looked into.
+        others: classes of other objects to be yielded.
     """
     seen, work = set(map(id, known)), list(start)
     while work:
@@ -74,7 +83,7 @@ def reached(start: Iterable[Any], known: Iterable[Module]) -> Iterator[Tensor | 
             continue
         seen.add(id(value))
         # By its type: a weak proxy answers for another object, which may be gone.
-        if issubclass(kind, Tensor):
+        if issubclass(kind, (Tensor, *others)):
             yield value
         elif issubclass(kind, Module):
             yield value
@@ -116,6 +125,25 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
         except ValueError:  # not filled yet
             continue
     return found
+
+
+def constants_of(cls: type) -> list[tuple[Any, str, Any]]:
+    """Return the constants among the attributes of a class of modules: where, name and value.
+
+    One may be assigned a tensor later. Those of torch's classes and of this package's are left out.
+    """
+    return [
+        (vars(base), name, value)
+        for base in cls.__mro__[: cls.__mro__.index(Module)]
+        if base.__module__.partition(".")[0] not in ("torch", "fxparam")
+        for name, value in vars(base).items()
+        if not name.startswith("__") and is_constant(value)
+    ]
+
+
+def is_constant(value: Any) -> bool:
+    """Check whether an object is a number, a text or the like."""
+    return type(value) in _LEAVES
 
 
 def holds_nothing(value: Any) -> bool:

@@ -56,13 +56,12 @@ class Snapshot:
         self.tracked = True
         self._functorch = inside_functorch()
         own: list[Module] = []
-        self.facts.append(chain.__dict__.get("disabled", False))
         # Plain attributes too: replicas of a module hold their parameters that way.
         self._visit(chain, own)
         for part in reached([value for module in own for value in held_by(module)], own):
             if isinstance(part, Module):
                 self.objects.append(ref(part))
-                self.facts.append(part.training)
+                self.facts += (part.training, part.__dict__.get("disabled"))
             else:
                 self._add(part)
 
@@ -87,7 +86,7 @@ class Snapshot:
 
     def _visit(self, module: Module, own: list[Module]) -> None:
         own.append(module)
-        self.facts.append(module.training)
+        self.facts += (module.training, module.__dict__.get("disabled"))
         for store in (module._parameters, module._buffers):
             for value in store.values():
                 if value is not None:

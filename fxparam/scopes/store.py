@@ -40,7 +40,7 @@ from fxparam._torch.names import (
     tracing_state,
 )
 from fxparam.eager.reading import evaluated
-from fxparam.scopes.held import Values
+from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.modes import present
 
 __all__ = [
@@ -163,8 +163,10 @@ class Region:
         evaluate: Callable[[], Tensor],
     ) -> Tensor:
         """Return a new value, and hold it for as long as it is right."""
+        own = behind_proxy(chain)
+        before = state_of(own)
         value = evaluate()
-        self.values.keep(behind_proxy(chain), value, modes)
+        self.values.keep(own, value, modes, before)
         return value
 
     @property

@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fxparam._torch.tensors import are_unchanged, facts_of, storage_identity
-from fxparam.scopes.reach import held_by_class, holds_nothing, parts_of
+from fxparam.scopes.reach import (
+    constants_of,
+    held_by_class,
+    holds_nothing,
+    is_constant,
+    parts_of,
+)
 from fxparam.scopes.state import State
 
 __all__ = ["Unchanged"]
@@ -58,12 +64,15 @@ class Unchanged:
 
     def __init__(self, chain: Module) -> None:
         modules = list(chain.modules())
-        self._places = [place for m in modules for place in _places(m, m is chain)]
+        self._places: list[tuple[Any, str, Any]] = []
+        for module in modules:
+            self._places += _places(module, module is chain)
         dicts = [d for m in modules for d in (m.__dict__, *(m.__dict__[s] for s in _STORES))]
         self._empty = [each for each in dicts if not each]
         self._sized = [each for each in dicts if each]
         self._lengths = list(map(len, self._sized))
         classes = dict.fromkeys(map(type, modules))
+        self._places += (place for cls in classes for place in constants_of(cls))
         reached = list(_reached(held for cls in classes for held in held_by_class(cls)))
         self._cells = [each for each in reached if isinstance(each, CellType)]
         self._in_cells = list(map(_contents, self._cells))
@@ -85,14 +94,16 @@ class Unchanged:
 
     def compare(self, chain: Module) -> State:
         """Return what has become of it."""
-        if not are_unchanged(self._facts):
-            return State.WRITTEN
-        for attributes, name, held in self._places:
-            if attributes.get(name) is not held:
-                state = self._compare_places()
-                if state is not State.SAME:
-                    return state
-                break
+        try:
+            if not are_unchanged(self._facts):
+                return State.WRITTEN
+            same = all([attributes[name] is held for attributes, name, held in self._places])
+        except (KeyError, RuntimeError):  # a tensor became one without a version
+            return State.OTHER
+        if not same:
+            state = self._compare_places()
+            if state is not State.SAME:
+                return state
         if any(self._empty) or list(map(len, self._sized)) != self._lengths:
             return State.OTHER
         if self._cells and not all(map(is_, map(_contents, self._cells), self._in_cells)):
@@ -108,7 +119,7 @@ class Unchanged:
         for (_, name, was), (_, _, now) in zip(self._places, places, strict=True):
             if name == "training" and now != was:
                 return State.WRITTEN
-            if now is not was and not (holds_nothing(was) and holds_nothing(now)):
+            if now is not was and not (is_constant(was) and is_constant(now)):
                 return State.OTHER
         self._places = places
         return State.SAME
@@ -128,6 +139,7 @@ def _places(module: Module, is_list: bool) -> Iterator[tuple[dict[str, Any], str
             if isinstance(value, dict) and value:
                 raise _NotListed
         elif name in _STORES:
+            yield attributes, name, value
             yield from ((value, key, held) for key, held in value.items())
         elif not (is_list and name in _OF_LISTS):
             if not (isinstance(value, Tensor) or holds_nothing(value)):
@@ -143,6 +155,8 @@ def _reached(start: Iterable[Any]) -> Iterator[Tensor | CellType]:
     """
     seen: set[int] = set()
     work = list(start)
+    if any(isinstance(value, Tensor) for value in work):
+        raise _NotListed  # an attribute of a class, which may be assigned
     while work:
         value = work.pop()
         if isinstance(value, Tensor):
