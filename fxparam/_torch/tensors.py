@@ -21,6 +21,7 @@ __all__ = [
     "geometry",
     "is_view_of_another",
     "is_wrapper_subclass",
+    "owns_memory",
     "share_memory",
     "storage_identity",
     "storage_of",
@@ -32,6 +33,7 @@ __all__ = [
 Facts = tuple[torch.Tensor, int, bool, int, int, tuple[int, ...]]
 
 _level = lookup("torch._C._functorch", "maybe_get_level")
+_use_count = lookup("torch._C", "_storage_Use_Count")
 _is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 
 
@@ -91,6 +93,18 @@ def geometry(tensor: torch.Tensor) -> tuple[Hashable, ...]:
 def version_of(tensor: torch.Tensor) -> int | None:
     """Return the version counter; None for an inference tensor, which has none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Check whether a tensor is a plain one with memory that torch made for it alone.
+
+    A view has not, nor has a tensor with views, or one on the memory of NumPy or other processes.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    alone = _use_count(storage._cdata) <= 2  # the tensor and `storage`
+    return alone and storage.resizable() and not storage.is_shared()
 
 
 def facts_of(tensor: torch.Tensor) -> Facts:

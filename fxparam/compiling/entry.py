@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def compile(
             f"fxparam.compile has a backend of its own: got backend={spelled(backend)}.\n"
             "required: none, or one that fxparam.backend(inner=...) has made"
         )
-    if scope != "graph" and scope not in SCOPES:
+    if scope != "graph" and scope not in list(SCOPES):
         known = ", ".join(map(repr, ("graph", *SCOPES)))
         raise ValueError(f"scope must be one of {known}: got {spelled(scope)}")
     if model is None:
@@ -78,8 +79,11 @@ def compile(
 
 def _meant(model: Callable[..., Any], models: Iterable[Module], scope: str) -> tuple[Module, ...]:
     """Return the modules whose parametrizations a scope is about."""
+    if inspect.isgeneratorfunction(model):
+        raise TypeError(f"a generator cannot have scope={scope!r}: its call ends before it runs")
     owner = model if isinstance(model, Module) else getattr(model, "__self__", None)
-    meant = (*([owner] if isinstance(owner, Module) else []), *models)
+    given = (models,) if isinstance(models, Module) else tuple(models)
+    meant = (*([owner] if isinstance(owner, Module) else []), *given)
     if not meant:
         raise TypeError(
             f"a function cannot have scope={scope!r} by itself.\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,11 +26,14 @@ _SIZES = (2.0**-12, 1.0, 2.0**11)
 #: How torch.library.register_autograd names the functions that it makes.
 _OF_CUSTOM_OPS = "GeneratedBackwardFor_"
 
-_checked: WeakSet[Module] = WeakSet()
+_checked: WeakKeyDictionary[Module, set[object]] = WeakKeyDictionary()
 
 
 def check_additive(chain: Module, value: Tensor, name: str) -> None:
-    """Check that the backward of an evaluation is additive; once for each parametrization list.
+    """Check that the backward of an evaluation is additive.
+
+    Once for each parametrization list, as long as it has the same modules and flags, and its values
+    the same custom functions.
 
     Args:
         chain: a ``ParametrizationList``.
@@ -40,10 +43,11 @@ def check_additive(chain: Module, value: Tensor, name: str) -> None:
     Raises:
         RuntimeError: it is not, or it changes a state.
     """
-    if chain in _checked:
-        return
     functions = _custom_functions(value)
-    if functions:
+    if not functions:
+        return
+    key = (frozenset(functions), tuple(map(id, chain.modules())), *_flags(chain))
+    if key not in _checked.setdefault(chain, set()):
         found = _fault(copy.deepcopy(chain))
         if found:
             raise RuntimeError(
@@ -51,7 +55,7 @@ def check_additive(chain: Module, value: Tensor, name: str) -> None:
                 "required: a backward that is additive in the gradient and changes no state\n"
                 f"found: {found}, in {', '.join(sorted(functions))}"
             )
-    _checked.add(chain)
+        _checked[chain].add(key)
 
 
 def _custom_functions(value: Tensor) -> set[str]:
@@ -99,6 +103,10 @@ def _is_sum(a: Tensor, b: Tensor, both: Tensor, *, computed_in: torch.dtype) -> 
     tolerance = max(64 * torch.finfo(both.dtype).eps, 8 * torch.finfo(computed_in).eps)
     scale = max(float(a.abs().max()), float(b.abs().max())) if a.numel() else 0.0
     return bool(torch.allclose(a + b, both, rtol=tolerance, atol=tolerance * scale))
+
+
+def _flags(chain: Module) -> list[object]:
+    return [value for value in _numbers(chain) if isinstance(value, (bool, str))]
 
 
 def _numbers(chain: Module) -> list[object]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 
+from fxparam.eager.checks import check_modules
 from fxparam.eager.describe import first_names
-from fxparam.scopes.models import lists_in
+from fxparam.scopes.models import adopt_models, names_of_lists
 
 __all__ = ["disabled"]
+
+# How many blocks each list is in: those of other threads may end in any order.
+_blocks: WeakKeyDictionary[Module, int] = WeakKeyDictionary()
+_lock = Lock()
 
 
 @contextmanager
@@ -46,20 +53,24 @@ def disabled(model: Module, *names: str) -> Iterator[None]:
         True
     """
     chosen = _chosen(model, names)
-    before = [(chain, chain.__dict__.get("disabled", False)) for chain in chosen]
-    for chain in chosen:
-        chain.__dict__["disabled"] = True
+    with _lock:
+        for chain in chosen:
+            _blocks[chain] = _blocks.get(chain, 0) + 1
+            chain.__dict__["disabled"] = True
     try:
         yield
     finally:
-        for chain, was in before:
-            if not was:
-                chain.__dict__.pop("disabled", None)
+        with _lock:
+            for chain in chosen:
+                _blocks[chain] -= 1
+                if not _blocks[chain]:
+                    del _blocks[chain], chain.__dict__["disabled"]
 
 
 def _chosen(model: Module, names: tuple[str, ...]) -> list[Module]:
     """Return the parametrization lists of named tensors, which have one original each."""
-    lists = lists_in((model,), "fxparam.disabled")
+    check_modules(model=model)
+    lists = names_of_lists((model,))
     for name in names:
         if not any(_is_named(path, name) for path in lists.values()):
             raise ValueError(
@@ -77,6 +88,7 @@ def _chosen(model: Module, names: tuple[str, ...]) -> list[Module]:
                 f"fxparam.disabled: '{path}' has no original that stands for its value.\n"
                 f"required: one original\nfound: {chain.ntensors}"
             )
+    adopt_models((model,))
     return list(chosen)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fxparam._torch.tensors import owns_memory
 from fxparam.eager.classes import chains_of, original_class
 from fxparam.eager.describe import first_names
 from fxparam.scopes.held import state_of
@@ -41,16 +43,16 @@ def without_originals(*models: Module) -> Iterator[None]:
             chain: _value(chain, names[chain]) for c in owners.values() for chain in c.values()
         }
     with ExitStack() as restored:
-        for model in models:
-            restored.callback(model.register_forward_pre_hook(_check_inference).remove)
+        for model in (*models, *owners):
+            _without.add(model)
+            restored.callback(_without.discard, model)
+            restored.callback(model.register_forward_pre_hook(_refuse_training).remove)
         for module, chains in owners.items():
-            restored.callback(_put_back, module, type(module), module._modules["parametrizations"])
+            restored.callback(_put_back, module, type(module), dict(module._modules))
             _take_out(module, {name: values[chain] for name, chain in chains.items()})
         folder = restored.enter_context(tempfile.TemporaryDirectory(prefix="fxparam-"))
-        left = {id(t) for m in models for t in (*m.parameters(), *m.buffers())}
-        for i, tensor in enumerate(_tensors_of(values)):
-            if id(tensor) not in left:
-                restored.enter_context(_given_up(tensor, Path(folder, str(i))))
+        for i, tensor in enumerate(_tensors_to_give_up(models, values)):
+            restored.enter_context(_given_up(tensor, Path(folder, str(i))))
         del values
         yield
 
@@ -66,8 +68,18 @@ def _owners(models: tuple[Module, ...], chains: Iterable[Module]) -> dict[Module
     return found
 
 
-def _check_inference(model: Module, *_: Any) -> None:
-    """Raise RuntimeError if a module of a model is in training mode; a hook of the model, too."""
+# Models whose originals are dropped: copies have the hook as well, and are none of them.
+_without: WeakSet[Module] = WeakSet()
+
+
+def _refuse_training(model: Module, *_: Any) -> None:
+    """A hook of models whose originals are dropped."""
+    if model in _without:
+        _check_inference(model)
+
+
+def _check_inference(model: Module) -> None:
+    """Raise RuntimeError if a module of a model is in training mode."""
     training = [name or "the model" for name, m in model.named_modules() if m.training]
     if training:
         raise RuntimeError(
@@ -106,19 +118,24 @@ def _take_out(module: Module, values: dict[str, Tensor]) -> None:
             module._buffers[name] = value
 
 
-def _put_back(module: Module, cls: type, chains: Any) -> None:
-    """Undo what ``_take_out`` did, in part or whole."""
-    for name in chains._modules:
+def _put_back(module: Module, cls: type, children: dict[str, Module | None]) -> None:
+    """Undo what ``_take_out`` did, in part or whole; submodules get back their order."""
+    for name in children["parametrizations"]._modules:  # type: ignore[union-attr]
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
     object.__setattr__(module, "__class__", cls)
-    module._modules["parametrizations"] = chains
+    present = {"parametrizations": children["parametrizations"], **module._modules}
+    module._modules.clear()
+    for name in (*children, *present):
+        if name in present:
+            module._modules[name] = present[name]
 
 
-def _tensors_of(chains: Any) -> list[Tensor]:
-    """Return the parameters and buffers of parametrization lists, each once."""
+def _tensors_to_give_up(models: tuple[Module, ...], chains: Iterable[Module]) -> list[Tensor]:
+    """Return the tensors of parametrization lists that are alone on memory of their own."""
+    left = {id(t) for m in models for t in (*m.parameters(), *m.buffers())}
     found = {id(t): t for chain in chains for t in (*chain.parameters(), *chain.buffers())}
-    return list(found.values())
+    return [t for t in found.values() if id(t) not in left and owns_memory(t)]
 
 
 @contextmanager
@@ -136,4 +153,5 @@ def _given_up(tensor: Tensor, file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        tensor.data = (torch.load(file) if kept is None else kept).to(device)
+        with torch.inference_mode(False):
+            tensor.data = (torch.load(file) if kept is None else kept).to(device)

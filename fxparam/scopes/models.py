@@ -8,7 +8,7 @@ from fxparam.eager.adopt import adopt_classes
 from fxparam.eager.checks import check_modules
 from fxparam.eager.classes import chains_of
 
-__all__ = ["adopt_models", "lists_in"]
+__all__ = ["adopt_models", "lists_in", "names_of_lists"]
 
 
 def adopt_models(models: tuple[Module, ...]) -> None:
@@ -35,9 +35,16 @@ def lists_in(models: tuple[Module, ...], wanted_by: str) -> dict[Module, str]:
     if not models:
         raise TypeError(f"{wanted_by} needs the models whose tensors it is about: got none")
     adopt_models(models)
+    return names_of_lists(models)
+
+
+def names_of_lists(models: tuple[Module, ...]) -> dict[Module, str]:
+    """Return the parametrization lists of models, with the names of their tensors."""
     names: dict[Module, str] = {}
     for model in models:
         for path, module in model.named_modules():
             for name, chain in (chains_of(module) or {}).items():
-                names.setdefault(chain, f"{path}.{name}".lstrip("."))
+                # torch.compile's modules have the name of one more module in them.
+                tensor = f"{path}.{name}".replace("_orig_mod.", "")
+                names.setdefault(chain, tensor.lstrip("."))
     return names

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import Module
 
 __all__ = [
@@ -176,7 +176,7 @@ def _places(cls: type) -> tuple[tuple[int, str], ...]:
 def _may_hold(name: str, value: Any) -> bool:
     """Check whether an attribute of a class may lead to a tensor."""
     kind = type(value)
-    if issubclass(kind, (Tensor, Module, dict, *_SEQUENCES)):
+    if issubclass(kind, (Tensor, Module, Generator, dict, *_SEQUENCES)):
         return not name.startswith("__")
     if kind is types.FunctionType:
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())

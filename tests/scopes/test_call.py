@@ -180,7 +180,11 @@ def test_a_compiled_cell_in_an_eager_loop() -> None:
             with torch.no_grad():
                 p -= 0.1 * p.grad
                 q -= 0.1 * q.grad
-    assert len(graphs) == 3  # the evaluation, and two: h has no gradient at first
+    assert len(graphs) == 4  # two, since h has no gradient at first, and the evaluation for each
+
+
+def _yields(x: Tensor) -> Any:
+    yield x
 
 
 def test_functions_methods_and_decorators() -> None:
@@ -206,6 +210,10 @@ def test_functions_methods_and_decorators() -> None:
         fxparam.compile(lambda x: layer(x), scope="call")
     with pytest.raises(ValueError, match="'graph', 'call', 'frozen': got 'forever'"):
         fxparam.compile(layer, scope="forever")
+    with pytest.raises(ValueError, match="got list"):
+        fxparam.compile(layer, scope=["call"])
+    with pytest.raises(TypeError, match="a generator cannot have"):
+        fxparam.compile(_yields, scope="call", models=layer)
 
 
 def test_a_scope_inside_of_another() -> None:

@@ -79,6 +79,47 @@ def test_scopes_have_values_for_both_states() -> None:
     assert_close(twin[0].weight, value)
 
 
+def test_blocks_that_end_in_the_order_they_began() -> None:
+    layer = _model()[0]
+    first, second = fxparam.disabled(layer), fxparam.disabled(layer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert layer.weight is layer.parametrizations.weight.original
+    second.__exit__(None, None, None)
+    assert layer.weight is not layer.parametrizations.weight.original
+
+
+def test_what_reads_a_disabled_tensor_is_evaluated_anew() -> None:
+    inner, outer = _model()
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = [inner]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.others[0].weight
+
+    fxparam.register_parametrization(outer, "weight", Reads())
+    with fxparam.cached():
+        value = outer.weight
+        with fxparam.disabled(inner):
+            assert_close(outer.weight, value - inner.weight)
+        assert_close(outer.weight, value)
+
+
+def test_names_in_a_compiled_model_and_a_refusal_that_changes_nothing() -> None:
+    model = _model()
+    with fxparam.disabled(torch.compile(model, backend="eager"), "0.weight"):
+        assert model[0].weight is model[0].parametrizations.weight.original
+    layer = orthogonal(nn.Linear(3, 3))
+    before = type(layer)
+    with pytest.raises(ValueError), fxparam.disabled(layer, "nope"):
+        pass
+    assert type(layer) is before
+
+
 def test_one_tensor_of_one_module() -> None:
     model = _model()
     fxparam.register_parametrization(model[1], "bias", zoo.Double())

@@ -427,3 +427,88 @@ def test_evaluations_with_effects_have_no_value_in_place_of_originals() -> None:
         pass
     with pytest.raises(TypeError, match="got none"), fxparam.frozen(drop_originals=True):
         pass
+
+
+def test_what_shares_memory_keeps_it() -> None:
+    model = _stack()
+    original = model[1].parametrizations.weight.original
+    flat = torch.rand(9)
+    original.data = flat.view(3, 3)
+    shared = model[0].parametrizations.bias.original
+    shared.data.share_memory_()
+    with fxparam.frozen(model, drop_originals=True):
+        pass
+    flat.zero_()
+    assert not original.any() and shared.is_shared()
+
+
+def test_submodules_keep_their_order_and_tensors_their_kind() -> None:
+    model = _stack()
+    model[1].more = nn.Linear(3, 3).eval()
+    names = [name for name, _ in model.named_parameters()]
+    with torch.inference_mode(), fxparam.frozen(model, drop_originals=True):
+        pass
+    with fxparam.frozen(model, drop_originals=True):
+        twin = copy.deepcopy(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not model[1].parametrizations.weight.original.is_inference()
+    twin.train()(torch.ones(1, 3))
+
+
+def test_a_layer_alone_is_not_trained_without_its_originals() -> None:
+    model = _stack()
+    with fxparam.frozen(model, drop_originals=True):
+        model[0].train()
+        with pytest.raises(RuntimeError, match=r"required: model.eval\(\)"):
+            model[0](torch.ones(1, 3))
+
+
+# --- changes during an evaluation ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", ["nothing", "a list"])
+@pytest.mark.parametrize("change", [_write, _exchange])
+def test_a_change_during_the_evaluation(change: Callable[[Any], None], held: str) -> None:
+    """As by another thread."""
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.interrupt: Any = None
+            self.held = [torch.ones(3)] if held == "a list" else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = 2 * x
+            if self.interrupt is not None:
+                interrupt, self.interrupt = self.interrupt, None
+                interrupt()
+            return y
+
+    layer: Any = fxparam.register_parametrization(nn.Linear(3, 3), "weight", Interrupted())
+    layer.parametrizations.weight[0].interrupt = lambda: change(layer)
+    with fxparam.frozen(layer), torch.no_grad():
+        with pytest.warns(UserWarning, match=EFFECTS):
+            _ = layer.weight
+        assert_close(layer.weight, 2 * _original(layer))
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "closure", "class"])
+def test_draws_from_any_generator_are_effects(where: str) -> None:
+    generator = torch.Generator()
+
+    class Draws(nn.Module):
+        kept: Any = generator if where == "class" else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = generator if where == "closure" else self.kept
+            found = found[0] if isinstance(found, list) else found
+            return x * torch.rand(3, 3, generator=found)
+
+    step = Draws()
+    if where in ("attribute", "list"):
+        step.kept = generator if where == "attribute" else [generator]
+    layer = fxparam.register_parametrization(nn.Linear(3, 3), "weight", step)
+    with fxparam.frozen(layer), torch.no_grad():
+        with pytest.warns(UserWarning, match=EFFECTS):
+            first = layer.weight
+        assert not torch.equal(first, layer.weight)

@@ -547,3 +547,28 @@ def test_a_hook_on_a_value_is_its_readers_own(compiled: bool) -> None:
     for x in _batches():
         forward(twin, x).square().sum().backward()
     _check_equal(model, twin)
+
+
+def test_a_parametrization_that_is_not_additive_any_more() -> None:
+    class Clip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient.clamp(-0.01, 0.01)
+
+    class Clipped(nn.Module):
+        on = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Clip.apply(x) if self.on else x * 1
+
+    layer: Any = fxparam.register_parametrization(nn.Linear(3, 3), "weight", Clipped())
+    x = torch.ones(2, 3)
+    with fxparam.accumulate(layer):
+        layer(x).sum().backward()
+    layer.parametrizations.weight[0].on = True
+    with pytest.raises(RuntimeError, match="in Clip"), fxparam.accumulate(layer):
+        layer(x).sum().backward()

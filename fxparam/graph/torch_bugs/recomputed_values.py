@@ -107,6 +107,9 @@ def save_what_may_change(graph: Graph) -> bool:
 
 def _save(node: Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if isinstance(value_of(node), tuple):  # its results are what can be saved, also in a checkpoint
+        for result in node.users:
+            result.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if node.target is not torch.ops.aten.clone.default:
         return
     source = node.all_input_nodes[0]

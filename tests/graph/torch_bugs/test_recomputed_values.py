@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch._functorch import config
 from torch.nn.functional import dropout
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import fxparam
+from tests import helpers
 from tests.graph.torch_bugs import torch_alone
 
 
@@ -276,3 +278,19 @@ def test_operations_with_several_results_under_a_budget(budget: float) -> None:
         torch.testing.assert_close(p.grad, q.grad)
     for p, q in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_mask_in_a_checkpoint_of_an_original_that_the_graph_overwrites() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, dtype=torch.float64)
+            fxparam.register_parametrization(self.layer, "weight", nn.Dropout(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(lambda x: x + self.layer.weight.sum(0), x, use_reentrant=False)
+            with torch.no_grad():
+                self.layer.parametrizations.weight.original.mul_(0.5)
+            return x
+
+    helpers.check_against_eager(Masked(), fxparam.backend("aot_eager"), torch.randn(2, 3).double())
