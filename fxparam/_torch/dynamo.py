@@ -275,7 +275,10 @@ def _stands_for(variable: Any, value: object) -> bool:
 
 def _is_constant(variable: Any, value: object) -> bool:
     """Check whether one of Dynamo's variables stands for a constant equal to ``value``."""
-    constant = variable.as_python_constant() if variable.is_python_constant() else variable
+    try:
+        constant = variable.as_python_constant() if variable.is_python_constant() else variable
+    except NotImplementedError:  # a list that says it is one, with a tensor in it
+        return False
     return type(constant) is type(value) and bool(constant == value)
 
 

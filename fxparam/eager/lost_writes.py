@@ -26,7 +26,10 @@ __all__ = ["say_if_lost", "watch"]
 
 # The references to a new value that the functions here and their caller have.
 _OURS = 5
-_COMPUTING = {f.__code__ for f in (Module.__call__, torch.autograd.backward, torch.autograd.grad)}
+# By identity: code that Dynamo makes has constants without a hash, and so has none itself.
+_COMPUTING = {
+    id(f.__code__) for f in (Module.__call__, torch.autograd.backward, torch.autograd.grad)
+}
 
 
 class _Watch(ref[Tensor]):
@@ -120,7 +123,7 @@ def _is_computing() -> bool:
     """Check whether a module's call or a backward is going on, or no Python code at all."""
     frame = sys._getframe(3)
     while frame is not None:
-        if frame.f_code in _COMPUTING:
+        if id(frame.f_code) in _COMPUTING:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.names import behind_proxy
 from fxparam.scopes import store
 from fxparam.scopes.dropped import without_originals
 from fxparam.scopes.held import Values, state_of
@@ -84,28 +83,22 @@ class FrozenRegion(store.Region):
             held = self._of_call.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(
-        self,
-        chain: Module,
-        name: str,
-        modes: tuple[object, ...],
-        evaluate: Callable[[], Tensor],
-    ) -> Tensor:
-        """Return a new value, after holding it for as long as it is right."""
-        own = behind_proxy(chain)
-        before = state_of(own)
+    def keep(self, evaluation: store.Evaluation) -> Tensor:
+        """Return a new value, and hold it for as long as it is right."""
+        chain, name, modes, run = evaluation
+        before = state_of(chain)
         if torch.is_grad_enabled():
             self._frozen.say("whose gradients are recorded: use torch.no_grad()")
-            value, pure = evaluate(), False
+            value, pure = run(), False
         else:
-            value, pure = evaluate_noting_effects(own, evaluate, before)
+            value, pure = evaluate_noting_effects(chain, run, before)
             if not pure:
                 self._frozen.say(
                     f"whose evaluations write tensors or draw random numbers: '{name}'"
                 )
         values = self._frozen if pure else self._of_call
         if values is not None:
-            values.keep(own, value, modes, before)
+            values.keep(chain, value, modes, before)
         return value
 
     def forget(self, chain: Module) -> None:

@@ -11,7 +11,7 @@ autograd runs backwards, and with them checkpointed functions again, in threads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -68,15 +68,10 @@ class _Step(store.Region):
         self._leaves.append((value, leaf, node))
         return leaf
 
-    def keep(
-        self,
-        chain: Module,
-        name: str,
-        modes: tuple[object, ...],
-        evaluate: Callable[[], Tensor],
-    ) -> Tensor:
+    def keep(self, evaluation: store.Evaluation) -> Tensor:
         """Return a new value, evaluated by eager code, of whose backward all is to be seen."""
-        return super().keep(chain, name, modes, partial(self.evaluate, chain, name))
+        run = partial(self.evaluate, evaluation.chain, evaluation.name)
+        return super().keep(evaluation._replace(run=run))
 
     def hand_out(self, value: Tensor) -> Tensor:
         """Return what one reader gets: an alias of its own, or a cast to the value's precision.

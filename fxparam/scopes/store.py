@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,6 +44,7 @@ from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.modes import present
 
 __all__ = [
+    "Evaluation",
     "Region",
     "active",
     "current",
@@ -66,6 +67,22 @@ def untraced(function: F) -> F:
     """Break the graph of compiled code at each call of ``function``, which Dynamo cannot trace."""
     reason = "the values of a fxparam.cached() region are kept outside compiled graphs"
     return cast("F", torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
+
+
+class Evaluation(NamedTuple):
+    """An evaluation that is to be made.
+
+    Attributes:
+        chain: the ``ParametrizationList``.
+        name: the name of the tensor.
+        modes: those that it is made under.
+        run: makes it.
+    """
+
+    chain: Module
+    name: str
+    modes: tuple[object, ...]
+    run: Callable[[], Tensor]
 
 
 class Region:
@@ -132,41 +149,27 @@ class Region:
         modes = present()
         value = self.find(chain, modes)
         if value is None:
-            value = self._new_value(chain, name, modes, evaluate)
+            run = evaluate or partial(self.evaluate, chain, name)
+            value = self._new_value(Evaluation(behind_proxy(chain), name, modes, run))
         return self.hand_out(value)
 
     @untraced
-    def _new_value(
-        self,
-        chain: Module,
-        name: str,
-        modes: tuple[object, ...],
-        evaluate: Callable[[], Tensor] | None,
-    ) -> Tensor:
+    def _new_value(self, evaluation: Evaluation) -> Tensor:
         """Return a new value; Dynamo compiles none of it."""
-        own = behind_proxy(chain)
-        value = None if own is chain else self.find(own, modes)
-        if value is not None:
-            return value
-        return self.keep(chain, name, modes, evaluate or partial(self.evaluate, chain, name))
+        value = self.find(evaluation.chain, evaluation.modes)  # found not before by its proxy
+        return self.keep(evaluation) if value is None else value
 
     def find(self, chain: Module, modes: tuple[object, ...]) -> Tensor | None:
         """Return the value that a new evaluation would give, or None."""
         held = self.values.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(
-        self,
-        chain: Module,
-        name: str,
-        modes: tuple[object, ...],
-        evaluate: Callable[[], Tensor],
-    ) -> Tensor:
+    def keep(self, evaluation: Evaluation) -> Tensor:
         """Return a new value, and hold it for as long as it is right."""
-        own = behind_proxy(chain)
-        before = state_of(own)
-        value = evaluate()
-        self.values.keep(own, value, modes, before)
+        chain, _, modes, run = evaluation
+        before = state_of(chain)
+        value = run()
+        self.values.keep(chain, value, modes, before)
         return value
 
     @property

@@ -192,3 +192,18 @@ def test_reads_of_a_forward_are_not_watched() -> None:
 
     registered(Reading(3, 3))(torch.ones(3))
     assert not seen
+
+
+def test_a_value_that_dies_under_code_without_a_hash() -> None:
+    """As Dynamo makes it."""
+    layer = registered(nn.Linear(3, 3))
+
+    def write() -> None:
+        init.zeros_(layer.weight)
+
+    constants = (*write.__code__.co_consts, {})
+    write.__code__ = write.__code__.replace(co_consts=constants)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(write.__code__)
+    with pytest.warns(UserWarning, match=LOST):
+        write()

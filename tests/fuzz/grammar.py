@@ -90,7 +90,7 @@ class Writer:
         return _WRITE[kind](self, kind)
 
     def may_stand_here(self, kind: str) -> bool:
-        """Whether a statement of a theme may; some show a result, which a body does not."""
+        """Check whether a statement of a theme may stand here; some show a result."""
         return not self.in_body or kind in _STAND_IN_BODIES
 
     def _barred(self) -> set[str]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import fxparam
-from tests.fuzz.program import Block, Program, Statement, ingredients, render
+from tests.fuzz.program import Block, Program, Statement, in_scope, ingredients, render
 from tests.fuzz.run import (
     Record,
     by_fxparam,
@@ -74,6 +74,11 @@ def judge(program: Program, *, inner: str = "") -> Judgement:
         return Judgement(Verdict.INVALID)
     found = judge_script(script, inner=inner)
     different = found.verdict in (Verdict.TORCH, Verdict.MISMATCH)
+    if different and program.scope:
+        # Plain torch reads the values of a scope outside of its graphs, or compiles none.
+        alone = judge(in_scope(program, ""), inner=inner)
+        if alone.verdict not in (Verdict.SAME, Verdict.MISMATCH):
+            return replace(found, verdict=alone.verdict)
     if (
         found.verdict is Verdict.TORCH
         and judge_script(script, inner="eager").verdict is Verdict.SAME
@@ -135,7 +140,7 @@ def judge_script(script: ModuleType, *, inner: str = "") -> Judgement:
 
 
 def _is_refused(script: ModuleType, error: BaseException | None) -> bool:
-    """Whether the error says that this is not done, and what to do instead."""
+    """Check whether the error says that this is not done, and what to do instead."""
     named = ["fxparam.cached() around", "fxparam.accumulate()"]
     if script.SCOPE == "step":
         named.append("leaf Variable that requires grad is being used in an in-place operation")

@@ -252,3 +252,30 @@ def test_an_error_ends_the_call() -> None:
         with pytest.raises(ArithmeticError):
             run(x)
         assert model.cell.weight is not model.cell.weight
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_that_is_called_twice(kind: Any) -> None:
+    torch.manual_seed(0)
+    layer = kind(4, 4, dtype=torch.float64)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        fxparam.register_parametrization(layer, name, helpers.Counting())
+    twin = copy.deepcopy(layer)
+    run = fxparam.compile(_Twice(layer), scope="call", backend=fxparam.backend("aot_eager"))
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    for _ in range(2):
+        y, expected = run(x), _Twice(twin)(x)
+        assert_close(y, expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+
+
+class _Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x)[0])[0]
