@@ -163,8 +163,8 @@ def _in_scope(
             return (*call(x), *call(x)) if scope == "region" else call(x)
 
     def with_and_without_gradients(x: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            first = (*one(x), *one(x))
+        with torch.no_grad():  # copies: what returns a value returns the same one in all calls
+            first = [output.clone() for _ in range(2) for output in one(x)]
         return (*first, *one(x))
 
     one = call if by_us or not scope else in_a_region
