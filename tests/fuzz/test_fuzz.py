@@ -50,7 +50,7 @@ def test_programs_give_the_same_as_in_eager(part: int) -> None:
     assert tally.verdicts[Verdict.SAME] >= tally.run / 2
 
 
-@pytest.mark.parametrize("scope", filter(None, SCOPES))
+@pytest.mark.parametrize("scope", SCOPES[1:])
 def test_programs_in_a_scope_give_the_same_as_in_eager(scope: str) -> None:
     tally = campaign.Tally()
     for _, judgement, tally in campaign.run(range(_SLICE), scope=scope):
