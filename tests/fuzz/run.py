@@ -214,7 +214,8 @@ def _forward_and_backward(
     step: str,
 ) -> None:
     outputs = call(x)
-    if script.SCOPE != "frozen":  # in which two calls return one tensor
+    # Two frozen calls return one tensor; each read in a step has an alias, and a graph one for all.
+    if script.SCOPE not in ("frozen", "step"):
         seen[f"{step}: aliasing"] = _aliasing(outputs)
     if script.CALLER_WRITES and script.SCOPE != "frozen":
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ _SLICE = 25
 _WERE_NOT = (487, 611, 1857)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:the value of the parametrized tensor")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """The matrices are tiny; and the random numbers of other tests are left as they were.
@@ -36,6 +40,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
     torch.compiler.reset()
+    gc.collect()  # values that a program wrote to are said to be lost when they die
 
 
 @pytest.mark.parametrize("part", range(_SLICES))
