@@ -97,13 +97,14 @@ class Unchanged:
         try:
             if not are_unchanged(self._facts):
                 return State.WRITTEN
-            same = all([attributes[name] is held for attributes, name, held in self._places])
+            for attributes, name, held in self._places:
+                if attributes[name] is not held:
+                    state = self._compare_places()
+                    if state is not State.SAME:
+                        return state
+                    break
         except (KeyError, RuntimeError):  # a tensor became one without a version
             return State.OTHER
-        if not same:
-            state = self._compare_places()
-            if state is not State.SAME:
-                return state
         if any(self._empty) or list(map(len, self._sized)) != self._lengths:
             return State.OTHER
         if self._cells and not all(map(is_, map(_contents, self._cells), self._in_cells)):
