@@ -96,9 +96,11 @@ class FrozenRegion(store.Region):
                 self._frozen.say(
                     f"whose evaluations write tensors or draw random numbers: '{name}'"
                 )
-        values = self._frozen if pure else self._of_call
-        if values is not None:
-            values.keep(chain, value, modes, before)
+        if pure:
+            # The state from before: another thread may have written by now.
+            self._frozen.keep(chain, value, modes, before)
+        elif self._of_call is not None:
+            self._of_call.keep(chain, value, modes, state_of(chain))
         return value
 
     def forget(self, chain: Module) -> None:

@@ -44,20 +44,17 @@ class HeldValue:
 
     @classmethod
     def of(
-        cls, value: Tensor, chain: Module, modes: tuple[object, ...], before: Unchanged | Snapshot
+        cls, value: Tensor, modes: tuple[object, ...], state: Unchanged | Snapshot
     ) -> HeldValue | None:
         """Return an entry for a new value; None when it must not outlive this read.
 
         Args:
-            value: what evaluating ``chain`` has just given.
-            chain: a ``ParametrizationList``.
+            value: what an evaluation has just given.
             modes: those of the evaluation.
-            before: the state before the evaluation. What the evaluation wrote itself (spectral
-                norm's vectors) does not make its value stale: then the state is taken anew.
+            state: that of what it has read.
         """
         if not isinstance(value, Tensor):
             return None
-        state = before if before.compare(chain) is State.SAME else state_of(chain)
         if isinstance(state, Snapshot):
             if not state.tracked:
                 return None
@@ -105,10 +102,10 @@ class Values:
         chain: Module,
         value: Tensor,
         modes: tuple[object, ...],
-        before: Unchanged | Snapshot,
+        state: Unchanged | Snapshot,
     ) -> None:
         """Hold a new value, if it may outlive this read; see :meth:`HeldValue.of`."""
-        held = HeldValue.of(value, chain, modes, before)
+        held = HeldValue.of(value, modes, state)
         if held is not None:
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))

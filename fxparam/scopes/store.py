@@ -42,6 +42,7 @@ from fxparam._torch.names import (
 from fxparam.eager.reading import evaluated
 from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.modes import present
+from fxparam.scopes.state import State
 
 __all__ = [
     "Evaluation",
@@ -169,7 +170,9 @@ class Region:
         chain, _, modes, run = evaluation
         before = state_of(chain)
         value = run()
-        self.values.keep(chain, value, modes, before)
+        # What the evaluation wrote itself (spectral norm's vectors) does not make its value stale.
+        state = before if before.compare(chain) is State.SAME else state_of(chain)
+        self.values.keep(chain, value, modes, state)
         return value
 
     @property

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.testing import assert_close
 
 import fxparam
+from fxparam.scopes import frozen
 from tests import helpers
 
 GRADIENTS = "whose gradients are recorded"
@@ -512,3 +513,22 @@ def test_draws_from_any_generator_are_effects(where: str) -> None:
         with pytest.warns(UserWarning, match=EFFECTS):
             first = layer.weight
         assert not torch.equal(first, layer.weight)
+
+
+@pytest.mark.parametrize("change", [_write, _exchange])
+def test_a_change_after_the_evaluation(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another thread, before the value is held."""
+    layer, evaluate = _layer(), frozen.evaluate_noting_effects
+
+    def interrupted(*args: Any) -> Any:
+        found = evaluate(*args)
+        change(layer)
+        return found
+
+    with fxparam.frozen(layer), torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(frozen, "evaluate_noting_effects", interrupted)
+            _ = layer.weight
+        assert_close(layer.weight, _original(layer))
