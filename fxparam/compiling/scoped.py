@@ -57,7 +57,7 @@ def in_scope(compiled: Any, scope: str, models: tuple[Module, ...]) -> Any:
 
 
 class _InScope:
-    """What compiles the ``__call__`` of a module, for calls in a scope.
+    """Compiles the ``__call__`` of a module, for calls in a scope.
 
     torch keeps it with the compiled module, and makes copies of the module with copies of it.
     """

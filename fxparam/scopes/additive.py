@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def check_additive(chain: Module, value: Tensor, name: str) -> None:
     functions = _custom_functions(value)
     if not functions:
         return
-    key = (frozenset(functions), tuple(map(id, chain.modules())), *_flags(chain))
+    key = (frozenset(functions), tuple(map(ref, chain.modules())), *_flags(chain))
     if key not in _checked.setdefault(chain, set()):
         found = _fault(copy.deepcopy(chain))
         if found:

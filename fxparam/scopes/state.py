@@ -1,4 +1,4 @@
-"""What has become of that which a value was computed from."""
+"""Tell what has become of the tensors and modules that a value was computed from."""
 
 from __future__ import annotations
 

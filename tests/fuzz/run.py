@@ -174,7 +174,7 @@ def _in_scope(
 
 
 def _block(script: ModuleType, model: nn.Module, by_us: bool) -> Callable[[], Any]:
-    """What a step is in. What has effects is another program unless it is evaluated once."""
+    """Return the block of a step. Effects are another program's unless they occur once."""
     if script.SCOPE == "step" and (by_us or script.EFFECTS):
         return lambda: fxparam.accumulate(model)
     return nullcontext
