@@ -14,9 +14,11 @@ from torch.fx import GraphModule, Node
 
 __all__ = [
     "EVALUATION",
+    "READS",
     "REGION",
     "VALUE",
     "EvaluationMark",
+    "count_read",
     "distinguish",
     "evaluation",
     "evaluation_marks",
@@ -24,6 +26,7 @@ __all__ = [
     "is_for_a_region_around",
     "is_of_trace",
     "join",
+    "reads",
     "region",
     "region_around",
     "region_mark",
@@ -37,10 +40,12 @@ REGION = "fxparam.region"
 EVALUATION = "fxparam.evaluation"
 #: The key, on the node of an evaluation's value, of its parametrization list.
 VALUE = "fxparam.value"
+#: The key, on the node of an evaluation's value, of how many reads it was given to in the trace.
+READS = "fxparam.reads"
 # What the mark of a region ends with in which the whole graph is run.
 _AROUND = ".around"
 _WITHIN = "|"
-_KEYS = (REGION, EVALUATION, VALUE)
+_KEYS = (REGION, EVALUATION, VALUE, READS)
 
 
 def region(trace: int, number: int) -> str:
@@ -56,6 +61,18 @@ def region_around(trace: int) -> str:
 def value(trace: int, chain: int) -> str:
     """Spell what stands for a parametrization list, known by its identity."""
     return f"{trace}.{chain}"
+
+
+def count_read(node: Node, trace: int) -> None:
+    """Note on the node of a value that one more read has it."""
+    custom = node.meta.get("custom") or {}
+    node.meta["custom"] = {**custom, READS: f"{trace}.{reads(node) + 1}"}
+
+
+def reads(node: Node) -> int:
+    """Return how many reads have the value of a node, of those that Dynamo traced."""
+    mark: str = (node.meta.get("custom") or {}).get(READS, "")
+    return int(mark.rpartition(".")[2]) if mark else 1
 
 
 def evaluation(around: str, chain: str, training: str, modes: str, number: int) -> str:

@@ -6,7 +6,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.nn.utils import parametrize
@@ -15,6 +15,7 @@ from fxparam._torch.names import lookup, tree_unflatten
 
 __all__ = [
     "annotate",
+    "assign_local_of_traced_code",
     "clear_trace_marks",
     "compilation",
     "dynamo_export",
@@ -24,11 +25,16 @@ __all__ = [
     "is_parameter_or_buffer",
     "is_restart",
     "keeps_artifacts",
+    "latest_node",
+    "local_module_of_traced_code",
+    "local_of_traced_code",
     "lookup_backend",
     "nest_results",
+    "node_of_variable",
     "restart_trace",
     "skip_frames_of",
     "trace_marks",
+    "trace_memory",
     "trace_number",
     "traced_assignments",
     "traced_changes",
@@ -38,6 +44,8 @@ __all__ = [
     "traced_torch_region",
     "traces_function_modes",
 ]
+
+T = TypeVar("T")
 
 # Marks the nodes traced in a block; Dynamo runs it while it traces, in the bodies of higher-order
 # ops too.
@@ -114,6 +122,47 @@ def traced_module(identity: int) -> torch.nn.Module | None:
     return module if isinstance(module, torch.nn.Module) else None
 
 
+def trace_memory(make: Callable[[], T]) -> T:
+    """Return an object that belongs to the present trace.
+
+    Args:
+        make: makes it where the trace has none yet.
+    """
+    memory: T = _tracer_output().__dict__.setdefault("_fxparam_memory", make())
+    return memory
+
+
+def latest_node() -> torch.fx.Node | None:
+    """Return the last node of the graph that is traced; None in the body of a higher-order op."""
+    output = _tracer_output()
+    if output is None or output.current_tracer is not output.root_tracer:
+        return None
+    node: torch.fx.Node = output.graph._root.prev
+    return node
+
+
+def local_of_traced_code(name: str) -> Any:
+    """Return Dynamo's variable for a local of the code that it is tracing."""
+    variable = _translator().symbolic_locals[name]
+    return variable.realize() if hasattr(variable, "realize") else variable
+
+
+def assign_local_of_traced_code(name: str, variable: Any) -> None:
+    """Bind a local of the code that Dynamo is tracing to another one of Dynamo's variables."""
+    _translator().symbolic_locals[name] = variable
+
+
+def local_module_of_traced_code(name: str) -> torch.nn.Module | None:
+    """Return the module that a local of the code that Dynamo is tracing has; None for no module."""
+    module = getattr(local_of_traced_code(name), "value", None)
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def _translator() -> Any:
+    """Return Dynamo's interpreter of the innermost code that it is tracing."""
+    return next(_translators(), None)
+
+
 def traced_torch_region() -> object:
     """Return what stands for the block of torch's own ``cached()`` that traced code has entered.
 
@@ -174,19 +223,24 @@ def skip_frames_of(code: types.CodeType) -> None:
 
 
 def is_in_traced_generator(own: types.CodeType) -> bool:
-    """Check whether Dynamo is tracing the code of a generator, other than ``own`` code.
+    """Check whether Dynamo is tracing the code of a generator, other than ``own`` code."""
+    generator = lookup("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
+    return any(isinstance(t, generator) and t.f_code is not own for t in _translators())
+
+
+def _translators() -> Iterator[Any]:
+    """Yield Dynamo's interpreters of the code that it is tracing, the innermost first.
 
     Dynamo interprets an inlined call in a nested ``run`` of an interpreter, so that what it is
     tracing stands on the Python stack.
     """
-    generator = lookup("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
-    frame = sys._getframe()
+    translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslatorBase")
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         traced = frame.f_locals.get("self") if frame.f_code.co_name == "run" else None
-        if isinstance(traced, generator) and traced.f_code is not own:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        if isinstance(traced, translator):
+            yield traced
+        frame = frame.f_back
 
 
 def traced_assignments(module: int) -> list[str]:
@@ -226,7 +280,7 @@ def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
     if output is None:
         return
     effects = output.side_effects
-    there = {id(each): each for each in effects.keepalive}
+    there: dict[int, object] = {}
     for identity, variable in list(effects.id_to_variable.items()):
         kind = type(variable.mutation_type).__name__
         own_cell = getattr(variable, "local_name", None) is not None  # of the frame's locals
@@ -234,13 +288,14 @@ def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
             continue
         if not effects.is_modified(variable):
             continue
+        there = there or {id(each): each for each in effects.keepalive}
         owner = there.get(identity, variable)
         values = effects.store_attr_mutations.get(variable) or _items_of(variable)
         if not values:
             yield owner, "", None
         for name, value in values.items():
             if not _stands_for(value, held_as(owner, name)):
-                yield owner, name, _tensor_node(value)
+                yield owner, name, node_of_variable(value)
 
 
 def held_as(owner: object, name: str) -> object:
@@ -260,7 +315,7 @@ def _items_of(variable: Any) -> dict[str, Any]:
         return {}
 
 
-def _tensor_node(variable: Any) -> torch.fx.Node | None:
+def node_of_variable(variable: Any) -> torch.fx.Node | None:
     """Return the node of one of Dynamo's variables; None if it stands for no tensor."""
     tensor = isinstance(variable, lookup("torch._dynamo.variables", "TensorVariable"))
     return variable.as_proxy().node if tensor else None

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from fxparam._torch.names import OpOverload, qualified_name
+from fxparam._torch.names import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    qualified_name,
+)
 
 __all__ = [
     "IN_PLACE_OPERATORS",
@@ -19,7 +26,9 @@ __all__ = [
     "hold",
     "is_erased",
     "is_named_in_place",
+    "is_torch",
     "mark_as_added_input",
+    "may_write_unseen",
     "op_name",
     "rename",
     "unpickle_with",
@@ -32,6 +41,8 @@ _NAMES += ["sub", "truediv", "xor"]
 IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
     f"__i{name}__": getattr(operator, f"i{name}") for name in _NAMES
 }
+# Modules of torch whose functions do more than compute tensors.
+_HIDING = ("torch.autograd", "torch._C._autograd", "torch.distributed", "torch._dynamo")
 
 
 def rename(node: Node, name: str) -> None:
@@ -87,6 +98,51 @@ def written_argument(node: Node) -> Node | None:
     )
     first = node.args[0] if writes and node.args else None
     return first if isinstance(first, Node) else None
+
+
+def is_torch(node: Node) -> bool:
+    """Check whether the target is torch's or Python's own: safe to run again on fakes."""
+    target = node.target
+    if node.op == "call_method":
+        return hasattr(torch.Tensor, str(target))
+    if node.op != "call_function":
+        return False
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return True
+    if isinstance(target, HigherOrderOperator):
+        return True
+    module = getattr(target, "__module__", None)
+    if module is None:  # torch.matrix_exp and its like: methods of a type of torch._C
+        owner = getattr(target, "__self__", None)
+        module = getattr(owner, "__module__", None) or getattr(owner, "__name__", None) or ""
+    if module == "builtins":
+        return target is getattr or isinstance(target, type)
+    return (
+        module.split(".")[0] in ("torch", "_operator", "operator", "math")
+        and isinstance(
+            target, (types.BuiltinFunctionType, types.FunctionType, types.BuiltinMethodType)
+        )
+        or _is_operator(target)
+    )
+
+
+def _is_operator(target: object) -> bool:
+    return getattr(operator, getattr(target, "__name__", ""), None) is target
+
+
+def may_write_unseen(node: Node) -> bool:
+    """Check whether a node may write what neither its name nor the versions of tensors show.
+
+    Bodies of higher-order ops, code that is not torch's, and functions of torch that make an alias
+    with a version of its own (``x.data``) or call other code (autograd).
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return False
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        return qualified_name(node.target).partition("::")[0] != "aten"
+    module = str(getattr(node.target, "__module__", ""))
+    higher_order = isinstance(node.target, HigherOrderOperator)
+    return not is_torch(node) or higher_order or module.startswith(_HIDING)
 
 
 def copy_nodes(

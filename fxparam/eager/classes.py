@@ -170,6 +170,9 @@ def _property(original: type, name: str) -> property:
     def get_parametrized(self: Module) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise RuntimeError("Parametrization is not working with scripting.")
+        value = None
+        if torch.compiler.is_dynamo_compiling() and reading.found_in_trace(name):
+            return value  # type: ignore[return-value]
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]

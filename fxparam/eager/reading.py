@@ -7,16 +7,20 @@ module's place for one, and the properties of parametrized modules ask it.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from fxparam.eager.lost_writes import watch
 
-__all__ = ["Reading", "evaluated", "present", "use"]
+__all__ = ["Reading", "evaluated", "found_in_trace", "present", "use"]
 
-# How many calls below the code that reads `evaluated` is: the property, two of its parts, itself.
-_READER = 4
+# The property of a parametrized tensor, by the name of its code, and how many calls `evaluated` is
+# below it at least.
+_GETTER = "get_parametrized"
+_BELOW = 3
 
 
 def evaluated(chain: Module, name: str) -> Tensor:
@@ -28,15 +32,24 @@ def evaluated(chain: Module, name: str) -> Tensor:
     """
     value: Tensor = chain()
     # Reads in a forward are the many. What it writes to is a step of its computation.
-    if name and not sys._getframe(_READER).f_code.co_name.endswith("forward"):
+    if name and not _reader().endswith("forward"):
         watch(value, chain, name)
     return value
+
+
+def _reader() -> str:
+    """Return the name of the function that reads the tensor; a scope is between it and here."""
+    frame: FrameType | None = sys._getframe(_BELOW + 1)
+    while frame is not None and frame.f_code.co_name != _GETTER:
+        frame = frame.f_back
+    reader = None if frame is None else frame.f_back
+    return "" if reader is None else reader.f_code.co_name
 
 
 class Reading:
     """Evaluates at each access, as plain eager code does.
 
-    Each method gets a ``ParametrizationList``, and ``value`` the name of the tensor.
+    Its methods get a ``ParametrizationList``, or the name of the tensor.
     """
 
     def value(self, chain: Module, name: str) -> Tensor:
@@ -46,6 +59,14 @@ class Reading:
     def traced_value(self, chain: Module) -> Tensor:
         """Return the value of a parametrized tensor, for code that Dynamo traces."""
         return chain()  # type: ignore[no-any-return]
+
+    def found_in_trace(self, name: str) -> bool:
+        """Bind the local ``value`` of the getter that Dynamo traces, if its value is known already.
+
+        Args:
+            name: the name of the tensor. The module is the getter's local ``self``.
+        """
+        return False
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
@@ -67,3 +88,9 @@ def use(reading: Reading) -> None:
     """Let ``reading`` read parametrized tensors from now on."""
     global _reading
     _reading = reading
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def found_in_trace(name: str) -> bool:
+    """Do what the present reading's method of this name does, while Dynamo traces the call."""
+    return _reading.found_in_trace(name)

@@ -14,6 +14,7 @@ from torch.fx import Node
 from fxparam.graph.analysis.evaluations import Evaluation
 from fxparam.graph.analysis.nodes import is_view, module_path
 from fxparam.graph.rules import Rule
+from fxparam.marks import reads
 
 __all__ = ["Entry", "Refusal", "Report", "make_report"]
 
@@ -124,6 +125,7 @@ def make_report(
         nodes = {node for site in left for node in site.nodes}
         left = [site for site in left if not _is_for_others(site, nodes)]
         left = _whole(left, Counter(e.access for e in mine))
+        asked = [site for site in mine for _ in range(_accesses(site))]
         refused: dict[Rule, list[Evaluation]] = {}
         # One evaluation is what sharing leaves; it was not refused.
         for site in left[1:] if left and left[0].runs == 1 else left:
@@ -135,9 +137,9 @@ def make_report(
             Entry(
                 name,
                 kind,
-                len(mine),
+                len(asked),
                 len(left),
-                _total(mine),
+                _total(asked),
                 _total(left),
                 tuple(moved),
                 tuple(Refusal(rule, len(sites), _lines(sites)) for rule, sites in refused.items()),
@@ -167,6 +169,11 @@ def _whole(left: list[Evaluation], before: Counter[str]) -> list[Evaluation]:
         nodes = tuple(node for site in sites for node in site.nodes)
         whole.append(Evaluation(sites[0].name, nodes, most, access))
     return whole
+
+
+def _accesses(site: Evaluation) -> int:
+    """Return how many accesses have the value that a site computes, as it was traced."""
+    return max(map(reads, site.nodes))
 
 
 def _total(sites: list[Evaluation]) -> int | None:

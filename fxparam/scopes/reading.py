@@ -9,7 +9,7 @@ from torch.nn import Module
 from fxparam import marks
 from fxparam._torch.dynamo import annotate
 from fxparam.eager import reading
-from fxparam.scopes import store, under_dynamo
+from fxparam.scopes import held_in_trace, store, under_dynamo
 
 __all__ = ["ScopedReading", "training_modes"]
 
@@ -37,6 +37,10 @@ class ScopedReading(reading.Reading):
             return _outside(chain, under_dynamo.torch_region())
         around = _region_around(chain)
         return _given(chain, around) if around else store.read_untraced(chain)
+
+    def found_in_trace(self, name: str) -> bool:
+        """Bind the local ``value`` of a traced getter to a value of the region, if it is right."""
+        return held_in_trace.lend(name)
 
     def forget(self, chain: Module) -> None:
         """Drop values of a parametrized tensor, whose originals are about to be assigned."""
@@ -131,8 +135,10 @@ def _marked(chain: Module) -> Tensor:
     if mark == under_dynamo.UNTRACEABLE:
         return store.read_untraced(chain)
     before = under_dynamo.assignments(id(chain))
+    held_in_trace.begin(id(chain))
     with annotate({marks.EVALUATION: mark}):
         value: Tensor = chain()
+    held_in_trace.hold(id(chain), "value")
     if under_dynamo.assignments(id(chain)) != before:
         _has_effects_that_no_node_has()
     return value

@@ -58,6 +58,7 @@ __all__ = [
     "is_shared",
     "keep_out_of_graphs",
     "mark_of",
+    "present_changes",
     "region",
     "region_around",
     "retrace_without",
@@ -308,8 +309,7 @@ def assignments(chain: int) -> str:
     return " ".join(traced_assignments(chain))
 
 
-@constant
-def changes() -> str:
+def present_changes() -> str:
     """Return a text of what traced code has changed of objects from before; empty if nothing.
 
     Writes to tensors are not in it, and blocks of torch's own ``cached()``. The values of a region
@@ -320,6 +320,9 @@ def changes() -> str:
         for owner, name, node in traced_changes()
         if owner is not parametrize and not _is_put_back(owner, name, node)
     )
+
+
+changes = constant(present_changes)
 
 
 def _is_put_back(owner: object, name: str, node: Node | None) -> bool:

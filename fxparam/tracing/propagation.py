@@ -14,8 +14,9 @@ import torch
 from torch.fx import Node
 from torch.nn import Module
 
+from fxparam._torch.fx import is_torch
 from fxparam._torch.names import FakeTensorMode, tree_flatten
-from fxparam.graph.analysis.op_effects import call, is_torch
+from fxparam.graph.analysis.op_effects import call
 
 __all__ = ["Propagation", "attribute", "is_constant"]
 

@@ -190,7 +190,10 @@ def test_reads_of_a_forward_are_not_watched() -> None:
             seen.extend(w for w in lost_writes._watches if w() is value)
             return value
 
-    registered(Reading(3, 3))(torch.ones(3))
+    layer = registered(Reading(3, 3))
+    layer(torch.ones(3))
+    with fxparam.cached():
+        layer(torch.ones(3))
     assert not seen
 
 

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.fx import is_torch
 from fxparam._torch.names import HigherOrderOperator, tree_flatten
 from fxparam._torch.tensors import storage_of
 from fxparam.graph.analysis.bodies import Body, Call, call_of
 from fxparam.graph.analysis.effect_table import Effects, EffectTable
 from fxparam.graph.analysis.modes import ModeStack
 from fxparam.graph.analysis.nodes import attribute_of, body_of, tensors_in, value_of
-from fxparam.graph.analysis.op_effects import UNKNOWN, OpEffects, Ops, is_torch
+from fxparam.graph.analysis.op_effects import UNKNOWN, OpEffects, Ops
 from fxparam.graph.analysis.schemas import is_confined, may_alias, writes_nothing
 
 __all__ = ["analyze"]

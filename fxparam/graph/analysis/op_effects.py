@@ -8,7 +8,6 @@ argument's storage. Data is never touched.
 from __future__ import annotations
 
 import operator
-import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +18,6 @@ from torch.fx import Node
 from fxparam._torch.fx import is_named_in_place, op_name
 from fxparam._torch.names import (
     FakeTensorMode,
-    HigherOrderOperator,
-    OpOverload,
-    OpOverloadPacket,
     ShapeEnv,
     TorchDispatchMode,
     qualified_name,
@@ -40,7 +36,6 @@ __all__ = [
     "OpEffects",
     "Ops",
     "call",
-    "is_torch",
 ]
 
 
@@ -211,36 +206,6 @@ def _observe(node: Node, fake_mode: Any) -> OpEffects:
         tuple((frozenset(owners.get(_storage(t), ())), fresh.get(_storage(t))) for t in outputs),
         raises=recorder.raises,
     )
-
-
-def is_torch(node: Node) -> bool:
-    """Check whether the target is torch's or Python's own: safe to run again on fakes."""
-    target = node.target
-    if node.op == "call_method":
-        return hasattr(torch.Tensor, str(target))
-    if node.op != "call_function":
-        return False
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        return True
-    if isinstance(target, HigherOrderOperator):
-        return True
-    module = getattr(target, "__module__", None)
-    if module is None:  # torch.matrix_exp and its like: methods of a type of torch._C
-        owner = getattr(target, "__self__", None)
-        module = getattr(owner, "__module__", None) or getattr(owner, "__name__", None) or ""
-    if module == "builtins":
-        return target is getattr or isinstance(target, type)
-    return (
-        module.split(".")[0] in ("torch", "_operator", "operator", "math")
-        and isinstance(
-            target, (types.BuiltinFunctionType, types.FunctionType, types.BuiltinMethodType)
-        )
-        or _is_operator(target)
-    )
-
-
-def _is_operator(target: object) -> bool:
-    return getattr(operator, getattr(target, "__name__", ""), None) is target
 
 
 def call(node: Node, args: Any, kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.fx import is_torch
 from fxparam._torch.names import (
     OpOverload,
     OpOverloadPacket,
@@ -23,7 +24,7 @@ from fxparam._torch.names import (
     schemas_of,
 )
 from fxparam.graph.analysis.nodes import attribute_of
-from fxparam.graph.analysis.op_effects import POINT_TO_POINT, RETURNS_ITS_ARGUMENT, is_torch
+from fxparam.graph.analysis.op_effects import POINT_TO_POINT, RETURNS_ITS_ARGUMENT
 
 __all__ = ["is_confined", "may_alias", "writes_nothing"]
 

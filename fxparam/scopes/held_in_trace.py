@@ -1,0 +1,197 @@
+"""Give a read in traced code the value of an earlier evaluation, so that Dynamo traces it once.
+
+Tracing the evaluation is most of what an access costs to compile. Marks let the backend take the
+repetitions out (``graph/passes/share_regions.py``), after Dynamo has traced them all. Here a later
+read gets the first one's variable, where that can be shown to be right while the code is traced:
+no object from before was changed, no tensor that the evaluation read was written, and its value was
+not. Whatever cannot be shown is evaluated again, and left to the marks.
+
+The functions here run while Dynamo traces and give it constants. A value is handed over in a local
+of the code that reads, since a variable of Dynamo's is no constant, and an attribute that traced
+code assigns would stay assigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from fxparam import marks
+from fxparam._torch.dynamo import (
+    assign_local_of_traced_code,
+    latest_node,
+    local_module_of_traced_code,
+    local_of_traced_code,
+    node_of_variable,
+    trace_marks,
+    trace_memory,
+    trace_number,
+    traces_function_modes,
+)
+from fxparam._torch.fx import (
+    is_erased,
+    is_named_in_place,
+    may_write_unseen,
+    op_name,
+    written_argument,
+)
+from fxparam._torch.names import inside_functorch
+from fxparam._torch.tensors import storage_of, version_of
+from fxparam.eager.classes import chain_of
+from fxparam.scopes.modes import ambient_mark
+from fxparam.scopes.under_dynamo import constant, present_changes
+
+__all__ = ["begin", "hold", "lend"]
+
+_Watched = dict[Node, tuple[object, int | None]]
+
+
+@dataclass
+class _Held:
+    """The value of an evaluation.
+
+    Attributes:
+        key: the region, and the modes that it was read under. (A training mode is an attribute,
+            and a change is noticed as that of any other.)
+        variable: what stands for the value in Dynamo.
+        node: the node of the value.
+        watched: the nodes whose tensors must not be written, with their storages and versions.
+        seen: the node up to which the graph was searched for writes.
+    """
+
+    key: tuple[str, str]
+    variable: Any
+    node: Node
+    watched: _Watched
+    seen: Node
+
+
+@dataclass
+class _Trace:
+    """The values of one trace.
+
+    Attributes:
+        held: by the ``id()`` of the parametrization list.
+        watched: by the node of a value, what must not be written for it to be right.
+        begun: where the evaluations begin that are being traced.
+    """
+
+    held: dict[int, _Held] = field(default_factory=dict)
+    watched: dict[Node, _Watched] = field(default_factory=dict)
+    begun: list[Node | None] = field(default_factory=list)
+
+
+def lend(name: str) -> bool:
+    """Bind the local ``value`` of the traced getter to the value of an earlier evaluation.
+
+    Args:
+        name: the name of the tensor; the module is the getter's local ``self``.
+
+    Returns:
+        Whether there is one, and it is right.
+    """
+    trace = trace_memory(_Trace)
+    module = local_module_of_traced_code("self") if trace.held else None
+    chain = None if module is None else chain_of(module, name)
+    held = trace.held.get(id(chain))
+    if held is None or held.key != (_region(), ambient_mark()) or not _may_hold():
+        return False
+    if not _is_right(held):
+        del trace.held[id(chain)]
+        return False
+    assign_local_of_traced_code("value", held.variable)
+    marks.count_read(held.node, trace_number())
+    return True
+
+
+@constant
+def begin(chain: int) -> None:
+    """Note that an evaluation begins; a region keeps one value, the last.
+
+    Args:
+        chain: the identity of a ``ParametrizationList``.
+    """
+    trace = trace_memory(_Trace)
+    trace.held.pop(chain, None)
+    trace.begun.append(latest_node())
+
+
+@constant
+def hold(chain: int, local: str) -> None:
+    """Hold the value of the evaluation that began last.
+
+    Args:
+        chain: the identity of a ``ParametrizationList``.
+        local: the name of the local that has the value.
+    """
+    trace = trace_memory(_Trace)
+    first, last = trace.begun.pop(), latest_node()
+    if first is None or last is None or is_erased(first) or not _may_hold():
+        return
+    variable = local_of_traced_code(local)
+    inside = {node for node in _after(first) if node.op not in ("placeholder", "get_attr")}
+    value = node_of_variable(variable)
+    if value is None or value not in inside:  # an original itself
+        return
+    watched: _Watched = {}
+    for node in (value, *(n for each in inside for n in each.all_input_nodes if n not in inside)):
+        watched |= trace.watched.get(node, {})
+        watched[node] = _state(node)
+    if any(version is None for _, version in watched.values()):
+        return
+    trace.watched[value] = watched
+    trace.held[chain] = _Held((_region(), ambient_mark()), variable, value, watched, last)
+
+
+def _region() -> str:
+    """Return the mark of the region that the traced code is in; there may be one around it."""
+    mark: str = trace_marks().get(marks.REGION, marks.region_around(trace_number()))
+    return mark
+
+
+def _may_hold() -> bool:
+    """Check whether nothing was changed that the nodes of the graph do not show."""
+    return not (
+        latest_node() is None or inside_functorch() or traces_function_modes() or present_changes()
+    )
+
+
+def _is_right(held: _Held) -> bool:
+    """Check whether nothing wrote what a value was computed from, nor the value."""
+    if is_erased(held.seen):
+        return False
+    storages = {storage for storage, _ in held.watched.values()}
+    for node in _after(held.seen):
+        if may_write_unseen(node) or any(_state(n)[0] in storages for n in _written(node)):
+            return False
+        held.seen = node
+    return all(_state(node) == state for node, state in held.watched.items())
+
+
+def _after(node: Node) -> Iterator[Node]:
+    """Yield the nodes that were traced after one."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
+def _state(node: Node) -> tuple[object, int | None]:
+    """Return the storage and the version of a node's fake tensor; no version for what is none."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None, None
+    return storage_of(value), version_of(value)
+
+
+def _written(node: Node) -> Iterable[Node]:
+    """Return the nodes whose tensors a node may write."""
+    written = written_argument(node)
+    if written is not None:
+        return (written,)
+    name = op_name(node)
+    by_name = is_named_in_place(name) or name.endswith(("batch_norm", "instance_norm"))
+    return node.all_input_nodes if by_name or "out" in node.kwargs else ()
