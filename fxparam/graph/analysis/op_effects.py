@@ -88,6 +88,10 @@ POINT_TO_POINT = {f"_c10d_functional::{n}" for n in ("isend", "irecv", "batch_p2
 #: What cannot be seen is taken to do the worst.
 UNKNOWN = OpEffects(frozenset(), True, known=False, raises=True)
 
+# They return a view or a copy, as the strides of their first argument are. Fake tensors may have
+# other strides than the tensors they stand for: batch norm of a transposed matrix on the CPU.
+_COPIES_BY_STRIDES = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
+
 # Linear algebra that is defined for every matrix; the rest may find one singular, indefinite or
 # without convergence.
 _TOTAL = {
@@ -200,6 +204,8 @@ def _observe(node: Node, fake_mode: Any) -> OpEffects:
     for i, leaf in enumerate(leaves):
         owners.setdefault(_storage(leaf), set()).add(i)
     fresh = {_storage(t): k for k, t in enumerate(outputs) if _storage(t) not in owners}
+    if op_name(node) in _COPIES_BY_STRIDES and leaves:
+        owners.update({storage: {0} for storage in fresh})
     return OpEffects(
         frozenset(i for s in recorder.written for i in owners.get(s, ())),
         recorder.random,

@@ -85,8 +85,8 @@ def save_what_may_change(graph: Graph) -> bool:
     """Mark what forward must save, in a joint graph of forward and backward.
 
     Args:
-        graph: an ATen graph as AOTAutograd hands it to the partitioner. Only metadata change, and
-            copies are made by an operation that Inductor does not drop.
+        graph: an ATen graph as AOTAutograd hands it to the partitioner. Metadata change, and copies
+            are made by an operation that Inductor does not drop.
 
     Returns:
         Whether an operation with several results must be saved. Under a memory budget below 1 the
@@ -106,16 +106,38 @@ def save_what_may_change(graph: Graph) -> bool:
 
 
 def _save(node: Node) -> None:
+    if node.target is torch.ops.aten.clone.default:
+        node = _for_good(node)
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if isinstance(value_of(node), tuple):  # its results are what can be saved, also in a checkpoint
         for result in node.users:
             result.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    if node.target is not torch.ops.aten.clone.default:
-        return
-    source = node.all_input_nodes[0]
-    if value_of(node).stride() == value_of(source).stride():
-        # Inductor drops such a copy of an input, and backward would read the input.
-        node.target, node.kwargs = torch.ops.aten.lift_fresh_copy.default, {}
+
+
+def _for_good(clone: Node) -> Node:
+    """Return the node of a copy that Inductor does not drop, in place of one that it may drop.
+
+    It drops a copy of an input that has the strides of the input, and backward would read the
+    input. ``lift_fresh_copy`` makes a contiguous one, hence of the dimensions in their order in
+    memory.
+    """
+    source = clone.all_input_nodes[0]
+    strides = value_of(source).stride()
+    if value_of(clone).stride() != strides:
+        return clone
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    aten = torch.ops.aten
+    if order == sorted(order):
+        clone.target, clone.kwargs = aten.lift_fresh_copy.default, {}
+        return clone
+    back = [order.index(dim) for dim in range(len(order))]
+    copied = source
+    with clone.graph.inserting_before(clone):
+        for target, args in ((aten.permute.default, (order,)), (aten.lift_fresh_copy.default, ())):
+            copied = clone.graph.call_function(target, (copied, *args))
+            copied.meta = {**clone.meta, "val": value_of(clone).permute(order)}
+    clone.target, clone.args, clone.kwargs = aten.permute.default, (copied, back), {}
+    return copied
 
 
 def _is_buffer_of_evaluation(node: Node) -> bool:

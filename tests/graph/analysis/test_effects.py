@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import fxparam
 from fxparam.graph import Effects, analyze
 from fxparam.graph.analysis import op_effects
 
@@ -224,3 +225,33 @@ def test_rows_are_taken_without_running_ops_on_all_of_them(monkeypatch: pytest.M
     table = analyze(torch.fx.GraphModule({}, graph))
     assert observed == [rows]
     assert all(table.of[row].values[0] >= table.of[x].values[0] for row in taken)
+
+
+def test_fakes_may_have_other_strides() -> None:
+    """Batch norm of a transposed matrix gives rows in memory, and a fake says columns.
+
+    The reshape is thus a view of what backward needs, and the caller writes it.
+    """
+
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2, dtype=torch.float64).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.t())  # type: ignore[no-any-return]
+
+    layer = nn.Linear(2, 2, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", Normalized()).eval()
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(x), layer.weight.reshape(-1)
+
+    gradients = []
+    for each in (forward, torch.compile(forward, backend=fxparam.backend("eager"))):
+        x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+        y, flat = each(x)
+        with torch.no_grad():
+            flat.mul_(2)
+        gradients.append(torch.autograd.grad(y.sum(), x))
+    torch.testing.assert_close(*gradients)

@@ -294,3 +294,43 @@ def test_a_mask_in_a_checkpoint_of_an_original_that_the_graph_overwrites() -> No
             return x
 
     helpers.check_against_eager(Masked(), fxparam.backend("aot_eager"), torch.randn(2, 3).double())
+
+
+class _Turned(nn.Module):
+    """Copies a transposed buffer, whose mask is drawn in the order of the memory of the copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3, bias=False, dtype=torch.float64)
+        self.layer.weight.requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        fxparam.register_parametrization(self.layer, "weight", _Copy(), unsafe=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.functional.dropout(self.layer.weight, 0.5)
+        return (x @ mask) * self.gain + self.layer.weight.t().reshape(-1).as_strided((3,), (1,))
+
+
+class _Copy(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.t().clone().mul_(2)
+
+
+def test_a_copy_has_the_strides_of_what_was_copied() -> None:
+    helpers.check_against_eager(_Turned(), fxparam.backend("aot_eager"), torch.randn(3, 2).double())
+
+
+def test_inductor_keeps_a_copy_in_another_order_of_memory() -> None:
+    class Turned(Waved):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = torch.rand(2, 2, dtype=torch.float64) + 1
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * self.phase.t().clone()
+
+    layer = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", Turned())
+    expected = _later_gradient(layer, _double, None)
+    actual = _later_gradient(layer, _double, fxparam.backend("inductor"))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
