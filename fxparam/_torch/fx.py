@@ -214,9 +214,16 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
     return module
 
 
-def mark_as_added_input(placeholder: Node) -> None:
+def mark_as_added_input(placeholder: Node, *, static: bool) -> None:
     """Mark an input that we added to a Dynamo graph as one without a source.
 
     AOTAutograd asks each input for its source. DDPOptimizer marks the inputs that it adds so too.
+
+    Args:
+        placeholder: the input.
+        static: whether it is marked as ``torch._dynamo.mark_static_address(guard=False)`` marks a
+            tensor, whose CUDA graph is recorded anew when its address has changed.
     """
     placeholder._dynamo_source = None
+    if static:
+        placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

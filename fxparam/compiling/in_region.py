@@ -18,7 +18,7 @@ from fxparam.scopes import under_dynamo
 from fxparam.scopes.modes import ambient_mark
 from fxparam.scopes.reading import training_modes
 from fxparam.scopes.snapshot import Snapshot
-from fxparam.scopes.store import read
+from fxparam.scopes.store import current, read
 
 __all__ = ["FirstReaders", "with_values_of_region"]
 
@@ -44,25 +44,32 @@ def with_values_of_region(
         torch._dynamo.exc.RestartAnalysis: an evaluation must be read outside of the graph, and will
             be when Dynamo traces it anew.
     """
+    region = current()
+    frozen = region is not None and region.outlives_calls and not torch.is_grad_enabled()
     try:
-        rest, outside = take_outside(gm, grad_enabled=torch.is_grad_enabled())
+        rest, outside = take_outside(gm, grad_enabled=torch.is_grad_enabled(), static=frozen)
         chains = all_of(partial(_chain_of, each, inputs) for each in outside)
     except CannotTakeOut as refused:
         under_dynamo.keep_out_of_graphs(*refused.chains)
         restart_trace(str(refused))
     _log.info("%d values are those of the cached() region around the graph", len(outside))
 
+    def evaluation(each: TakenOut, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = inner(each.graph, inputs)
+        # A CUDA graph writes its results to the same memory when it is run again.
+        return _copied(compiled) if frozen and each.value.is_cuda else compiled
+
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = inner(rest, [*inputs, *(each.value for each in outside)])
         held = [
-            (ref(chain), inner(each.graph, inputs) if first.include(chain, each) else None)
+            (ref(chain), evaluation(each, inputs) if first.include(chain, each) else None)
             for chain, each in zip(chains, outside, strict=True)
         ]
 
         def run(*args: Any) -> Any:
             values = []
-            for chain, evaluation in held:
-                evaluate = partial(_only, evaluation, args) if evaluation is not None else None
+            for chain, compute in held:
+                evaluate = partial(_only, compute, args) if compute is not None else None
                 # Dynamo's guards, on which this runs, hold the identity of the lists.
                 values.append(read(chain(), evaluate=evaluate))  # type: ignore[arg-type]
             return compiled(*args, *values)
@@ -86,6 +93,11 @@ class FirstReaders:
         codes = self._codes.setdefault(chain, {})
         code = traced_code()
         return codes.setdefault((outside.training, outside.modes), code) is code
+
+
+def _copied(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that gives copies of what a compiled graph gives."""
+    return lambda *args: tuple(each.clone() for each in compiled(*args))
 
 
 def _only(evaluation: Callable[..., Any], args: Sequence[Any]) -> Any:

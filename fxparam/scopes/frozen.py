@@ -53,6 +53,8 @@ class FrozenRegion(store.Region):
             each access.
     """
 
+    outlives_calls = True
+
     def __init__(self, frozen: FrozenValues, of_call: Values | None) -> None:
         super().__init__()
         self._frozen, self._of_call = frozen, of_call

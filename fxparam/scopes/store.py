@@ -89,6 +89,9 @@ class Evaluation(NamedTuple):
 class Region:
     """The values that one ``cached()`` region shares."""
 
+    #: Whether values outlive calls, so that they have one address in all of them.
+    outlives_calls = False
+
     def __init__(self) -> None:
         self.thread = get_ident()
         self.checkpoint = checkpoint_around()

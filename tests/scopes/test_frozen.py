@@ -532,3 +532,22 @@ def test_a_change_after_the_evaluation(
             patch.setattr(frozen, "evaluate_noting_effects", interrupted)
             _ = layer.weight
         assert_close(layer.weight, _original(layer))
+
+
+def test_frozen_values_are_inputs_with_one_address() -> None:
+    """So that CUDA graphs read them where they are, and do not copy them for each call."""
+    added: list[Any] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        added.extend(n for n in gm.graph.nodes if n.name.endswith("_of_region"))
+        return gm
+
+    for scope, grad in (("frozen", False), ("frozen", True), ("call", False)):
+        torch.compiler.reset()
+        added.clear()
+        run = fxparam.compile(_layer(), scope=scope, backend=fxparam.backend(inner))
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            run(torch.ones(2, 3, dtype=torch.float64))
+        (value,) = added
+        assert ("tensor_dict" in value.meta) == (scope == "frozen" and not grad)

@@ -105,12 +105,16 @@ def is_in_a_region_around(gm: GraphModule) -> bool:
     return any(map(is_for_a_region_around, _calls(gm)))
 
 
-def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModule, list[TakenOut]]:
+def take_outside(
+    source: GraphModule, *, grad_enabled: bool, static: bool = False
+) -> tuple[GraphModule, list[TakenOut]]:
     """Replace what a graph evaluates for the region around it by inputs, at the end of its inputs.
 
     Args:
         source: a graph of Dynamo's, hoisted.
         grad_enabled: the grad mode in which it is called.
+        static: whether the new inputs have the same addresses in each call, mostly, as weights do:
+            CUDA graphs then read them where they are.
 
     Returns:
         Another graph (Dynamo still reads the inputs off its own), and the evaluations, in the order
@@ -130,7 +134,7 @@ def take_outside(source: GraphModule, *, grad_enabled: bool) -> tuple[GraphModul
         with gm.graph.inserting_before(first):
             last = gm.graph.placeholder(f"{each.value.name}_of_region")
         last.meta["example_value"] = value_of(each.value)
-        mark_as_added_input(last)
+        mark_as_added_input(last, static=static)
         each.value.replace_all_uses_with(last)
         for node in reversed(each.nodes):
             if not (node.users or is_erased(node)):  # two may have nodes in common
