@@ -170,13 +170,14 @@ def _property(original: type, name: str) -> property:
     def get_parametrized(self: Module) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise RuntimeError("Parametrization is not working with scripting.")
+        traced = torch.compiler.is_dynamo_compiling()
         value = None
-        if torch.compiler.is_dynamo_compiling() and reading.found_in_trace(name):
+        if traced and reading.found_in_trace(name):
             return value  # type: ignore[return-value]
         chain = chain_of(self, name)
         if chain is None:
             return _stored(self, name) if plain is None else plain.get(self)  # type: ignore[no-any-return]
-        return _read(self, name, chain)
+        return _read(self, name, chain, traced)
 
     def set_original(self: Module, value: Tensor) -> None:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -194,15 +195,21 @@ def _property(original: type, name: str) -> property:
     return property(get_parametrized, set_original)
 
 
-def _read(module: Module, name: str, chain: Module) -> Tensor:
+def _read(module: Module, name: str, chain: Module, traced: bool) -> Tensor:
     """Return the value of a parametrized tensor, as the present reading gives it.
+
+    Args:
+        module: the module that has the tensor.
+        name: the name of the tensor.
+        chain: its ``ParametrizationList``.
+        traced: whether Dynamo is tracing the code.
 
     Raises:
         EvaluationError: if a parametrization raises an AttributeError.
     """
     # Apart from the property: torch.jit.script, which is to be refused there, parses no ``try``.
     try:
-        if torch.compiler.is_dynamo_compiling():
+        if traced:
             return reading.present().traced_value(chain)
         return reading.present().value(chain, name)
     except AttributeError as error:

@@ -97,12 +97,10 @@ class Unchanged:
         try:
             if not are_unchanged(self._facts):
                 return State.WRITTEN
-            for attributes, name, held in self._places:
-                if attributes[name] is not held:
-                    state = self._compare_places()
-                    if state is not State.SAME:
-                        return state
-                    break
+            if not _have_the_same_objects(self._places):
+                state = self._compare_places()
+                if state is not State.SAME:
+                    return state
         except (KeyError, RuntimeError):  # a tensor became one without a version
             return State.OTHER
         if any(self._empty) or list(map(len, self._sized)) != self._lengths:
@@ -124,6 +122,13 @@ class Unchanged:
                 return State.OTHER
         self._places = places
         return State.SAME
+
+
+def _have_the_same_objects(places: list[tuple[Any, str, Any]]) -> bool:
+    for attributes, name, held in places:
+        if attributes[name] is not held:
+            return False
+    return True
 
 
 def _places(module: Module, is_list: bool) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -72,7 +72,8 @@ def _report(source: str, seed: int, options: argparse.Namespace) -> None:
 
 def _mutate(options: argparse.Namespace) -> int:
     missed = 0
-    for rule in (*mutate.PREDICATES, *mutate.FIXES) if options.predicates else mutate.RULES:
+    predicates = (*mutate.PREDICATES, *mutate.FIXES, *mutate.HELD)
+    for rule in predicates if options.predicates else mutate.RULES:
         theme = mutate.THEMES.get(rule)
         if not rule.startswith(options.rule) or (theme and not themes.is_on(theme)):
             continue

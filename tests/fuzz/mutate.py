@@ -118,6 +118,36 @@ FIXES: dict[str, tuple[str, str, Mutation]] = {
     ),
 }
 
+#: The same for values that are held too long: what tells that they are not right any more.
+HELD: dict[str, tuple[str, str, Mutation]] = {
+    "held: a tensor written": ("are_unchanged", "fxparam.scopes.unchanged", _always(True)),
+    "held: other objects": ("_have_the_same_objects", "fxparam.scopes.unchanged", _always(True)),
+    "held: the value written": ("was_written", "fxparam.scopes.held", _always(False)),
+    "held: other modes": ("present", "fxparam.scopes.store", _always(())),
+    "held while tracing: something written": (
+        "_is_right",
+        "fxparam.scopes.held_in_trace",
+        _always(True),
+    ),
+    "held while tracing: other modes": (
+        "ambient_mark",
+        "fxparam.scopes.held_in_trace",
+        _always(""),
+    ),
+}
+
+#: The scope in which programs notice that.
+SCOPES = {
+    "held: a tensor written": "frozen",
+    "held: other objects": "region",
+    "held: the value written": "region",
+    "held: other modes": "call",
+    "held while tracing: something written": "",
+    "held while tracing: other modes": "",
+}
+
+_ALL = PREDICATES | FIXES | HELD
+
 #: The theme whose programs notice; all programs do, where none is named.
 THEMES = {
     "1: readers in reduced precision": "narrow",
@@ -135,10 +165,10 @@ def without(rule: str) -> Iterator[None]:
     """Every predicate whose name starts so switched off: a whole rule, or one predicate of it.
 
     Raises:
-        LookupError: ``fxparam.graph`` has no such predicate.
+        LookupError: fxparam has no such predicate.
     """
     with ExitStack() as stack:
-        for name in (*PREDICATES, *FIXES):
+        for name in _ALL:
             if name.startswith(rule):
                 stack.enter_context(_without(name))
         yield
@@ -146,11 +176,11 @@ def without(rule: str) -> Iterator[None]:
 
 @contextmanager
 def _without(predicate: str) -> Iterator[None]:
-    name, where, mutation = (PREDICATES | FIXES)[predicate]
+    name, where, mutation = _ALL[predicate]
     modules = [module for key, module in list(sys.modules.items()) if key.startswith(where)]
     found = [m for m in modules if callable(getattr(m, name, None))]
     if not found:
-        raise LookupError(f"{predicate}: fxparam.graph has no {name}")
+        raise LookupError(f"{predicate}: fxparam has no {name}")
     before = [getattr(m, name) for m in found]
     for module, function in zip(found, before, strict=True):
         setattr(module, name, mutation(function))
@@ -165,13 +195,13 @@ def programs_until_noticed(
     rule: str, *, limit: int, start: int = 0, inner: str = ""
 ) -> tuple[int, Program | None]:
     """How many programs ran until one gave a mismatch that it does not give with the rule."""
-    theme = THEMES.get(rule)
+    theme, scope = THEMES.get(rule), SCOPES.get(rule, "")
     seeds = seeds_of(theme, start) if theme else itertools.count(start)
     ran = 0
     while ran < limit:
         seed = next(seeds)
         with without(rule):
-            program, judgement, _ = next(campaign.run([seed], inner=inner))
+            program, judgement, _ = next(campaign.run([seed], inner=inner, scope=scope))
         ran += judgement.verdict is not Verdict.INVALID
         if judgement.verdict is not Verdict.MISMATCH:
             continue

@@ -140,7 +140,7 @@ def test_seeds_of_a_theme() -> None:
         assert {generate(seed).theme for seed in seeds} == {theme}
 
 
-@pytest.mark.parametrize("predicate", (*mutate.PREDICATES, *mutate.FIXES))
+@pytest.mark.parametrize("predicate", (*mutate.PREDICATES, *mutate.FIXES, *mutate.HELD))
 def test_a_predicate_that_is_switched_off_exists(predicate: str) -> None:
     with mutate.without(predicate):
         pass
