@@ -97,7 +97,7 @@ class Unchanged:
         try:
             if not are_unchanged(self._facts):
                 return State.WRITTEN
-            if not _have_the_same_objects(self._places):
+            if _first_exchanged(self._places) is not None:
                 state = self._compare_places()
                 if state is not State.SAME:
                     return state
@@ -124,11 +124,12 @@ class Unchanged:
         return State.SAME
 
 
-def _have_the_same_objects(places: list[tuple[Any, str, Any]]) -> bool:
+def _first_exchanged(places: list[tuple[Any, str, Any]]) -> str | None:
+    """Return the first key under which there is another object now; None if there is none."""
     for attributes, name, held in places:
         if attributes[name] is not held:
-            return False
-    return True
+            return name
+    return None
 
 
 def _places(module: Module, is_list: bool) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -121,7 +121,7 @@ FIXES: dict[str, tuple[str, str, Mutation]] = {
 #: The same for values that are held too long: what tells that they are not right any more.
 HELD: dict[str, tuple[str, str, Mutation]] = {
     "held: a tensor written": ("are_unchanged", "fxparam.scopes.unchanged", _always(True)),
-    "held: other objects": ("_have_the_same_objects", "fxparam.scopes.unchanged", _always(True)),
+    "held: other objects": ("_first_exchanged", "fxparam.scopes.unchanged", _always(None)),
     "held: the value written": ("was_written", "fxparam.scopes.held", _always(False)),
     "held: other modes": ("present", "fxparam.scopes.store", _always(())),
     "held while tracing: something written": (
