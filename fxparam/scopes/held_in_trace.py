@@ -77,7 +77,7 @@ class _Trace:
     Attributes:
         held: by the ``id()`` of the parametrization list.
         watched: by the node of a value, what must not be written for it to be right.
-        begun: where the evaluations begin that are being traced.
+        begun: the nodes after which evaluations began; None in a body.
     """
 
     held: dict[int, _Held] = field(default_factory=dict)
@@ -109,8 +109,8 @@ def lend(name: str) -> bool:
 
 
 @constant
-def begin(chain: int) -> None:
-    """Note that an evaluation begins; a region keeps one value, the last.
+def begin(chain: int) -> int:
+    """Note that an evaluation begins, and return its number; a region keeps one value, the last.
 
     Args:
         chain: the identity of a ``ParametrizationList``.
@@ -118,21 +118,22 @@ def begin(chain: int) -> None:
     trace = trace_memory(_Trace)
     trace.held.pop(chain, None)
     trace.begun.append(latest_node())
+    return len(trace.begun) - 1
 
 
 @constant
-def hold(chain: int, local: str) -> None:
-    """Hold the value of the evaluation that began last.
+def hold(chain: int, begun: int) -> None:
+    """Hold the value of an evaluation that has ended, which the traced local ``value`` has.
 
     Args:
         chain: the identity of a ``ParametrizationList``.
-        local: the name of the local that has the value.
+        begun: the number from :func:`begin`.
     """
     trace = trace_memory(_Trace)
-    first, last = trace.begun.pop(), latest_node()
+    first, last = trace.begun[begun], latest_node()
     if first is None or last is None or is_erased(first) or not _may_hold():
         return
-    variable = local_of_traced_code(local)
+    variable = local_of_traced_code("value")
     inside = {node for node in _after(first) if node.op not in ("placeholder", "get_attr")}
     value = node_of_variable(variable)
     if value is None or value not in inside:  # an original itself
@@ -141,7 +142,7 @@ def hold(chain: int, local: str) -> None:
     for node in (value, *(n for each in inside for n in each.all_input_nodes if n not in inside)):
         watched |= trace.watched.get(node, {})
         watched[node] = _state(node)
-    if any(version is None for _, version in watched.values()):
+    if any(None in state for state in watched.values()):  # not shown by storages and versions
         return
     trace.watched[value] = watched
     trace.held[chain] = _Held((_region(), ambient_mark()), variable, value, watched, last)

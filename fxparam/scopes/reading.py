@@ -135,10 +135,10 @@ def _marked(chain: Module) -> Tensor:
     if mark == under_dynamo.UNTRACEABLE:
         return store.read_untraced(chain)
     before = under_dynamo.assignments(id(chain))
-    held_in_trace.begin(id(chain))
+    begun = held_in_trace.begin(id(chain))
     with annotate({marks.EVALUATION: mark}):
         value: Tensor = chain()
-    held_in_trace.hold(id(chain), "value")
+    held_in_trace.hold(id(chain), begun)
     if under_dynamo.assignments(id(chain)) != before:
         _has_effects_that_no_node_has()
     return value

@@ -154,3 +154,40 @@ def test_what_changed_is_evaluated_anew(body: Callable[[Any, Tensor], Tensor]) -
         assert_close(fx(X), body(model, X), rtol=1e-12, atol=1e-12)
     for name, buffer in model.state_dict().items():
         assert_close(twin.state_dict()[name], buffer)
+
+
+def test_an_evaluation_that_begins_in_another_and_fails() -> None:
+    """The other one is held by all that it reads, from its own beginning."""
+
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = [inner]
+            self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.scale.exp()
+            try:
+                return y * self.inner[0].weight  # type: ignore[operator]
+            except KeyError:
+                return y.sin()
+
+    inner = nn.Linear(3, 3, dtype=torch.float64)
+    fxparam.register_parametrization(inner, "weight", Failing(), unsafe=True)
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", Outer(inner))
+    start = layer.parametrizations.weight[0].scale.clone()
+
+    def run(x: Tensor) -> Tensor:
+        with fxparam.cached():
+            y = layer(x)
+            layer.parametrizations.weight[0].scale.add_(0.5)
+            return y + layer(x)
+
+    expected = run(X)
+    layer.parametrizations.weight[0].scale.copy_(start)
+    assert_close(torch.compile(run, backend=fxparam.backend("eager"))(X), expected)
