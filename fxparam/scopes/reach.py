@@ -135,7 +135,7 @@ def constants_of(cls: type) -> list[tuple[Any, str, Any]]:
     return [
         (vars(base), name, value)
         for base in cls.__mro__[: cls.__mro__.index(Module)]
-        if base.__module__.partition(".")[0] not in ("torch", "fxparam")
+        if not _is_torchs_or_ours(base)
         for name, value in vars(base).items()
         if not name.startswith("__") and is_constant(value)
     ]
@@ -167,10 +167,16 @@ def _places(cls: type) -> tuple[tuple[int, str], ...]:
         places = _class_attributes[cls] = tuple(
             (depth, name)
             for depth, base in enumerate(cls.__mro__[: cls.__mro__.index(Module)])
+            if not _is_torchs_or_ours(base)
             for name, value in vars(base).items()
             if _may_hold(name, value)
         )
     return places
+
+
+def _is_torchs_or_ours(cls: type) -> bool:
+    """Check whether a class is torch's or this package's, whose attributes lead to no tensors."""
+    return cls.__module__.partition(".")[0] in ("torch", "fxparam")
 
 
 def _may_hold(name: str, value: Any) -> bool:
