@@ -262,7 +262,7 @@ def traced_assignments(module: int) -> list[str]:
     for owner in root.value.modules() if root is not None else ():
         variable = effects.id_to_variable.get(id(owner))
         for name, value in effects.store_attr_mutations.get(variable, {}).items():
-            if not isinstance(value, tensor) and not _is_constant(value, vars(owner).get(name)):
+            if not isinstance(value, tensor) and not _is_constant(value, held_as(owner, name)):
                 found.append(f"{id(owner)}.{name}={value!r}")
     return found
 
@@ -283,14 +283,14 @@ def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
     there: dict[int, object] = {}
     for identity, variable in list(effects.id_to_variable.items()):
         kind = type(variable.mutation_type).__name__
-        own_cell = getattr(variable, "local_name", None) is not None  # of the frame's locals
+        own_cell = getattr(variable, "local_name", None) in output.root_tx.f_code.co_cellvars
         if kind == "NoneType" or kind.endswith("New") or own_cell:
             continue
         if not effects.is_modified(variable):
             continue
         there = there or {id(each): each for each in effects.keepalive}
         owner = there.get(identity, variable)
-        values = effects.store_attr_mutations.get(variable) or _items_of(variable)
+        values = effects.store_attr_mutations.get(variable) or _items_of(variable, owner)
         if not values:
             yield owner, "", None
         for name, value in values.items():
@@ -301,18 +301,25 @@ def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
 def held_as(owner: object, name: str) -> object:
     """Return a dictionary's value under a key, or the value of an object's own attribute.
 
-    None if there is none.
+    An object that is nothing else if there is none.
     """
     held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
-    return held.get(name)
+    return held.get(name, _MISSING)
 
 
-def _items_of(variable: Any) -> dict[str, Any]:
-    """Return the values of a changed dictionary by key; empty if the variable is no dictionary."""
+_MISSING = object()
+
+
+def _items_of(variable: Any, owner: object) -> dict[Any, Any]:
+    """Return the values of a changed dictionary by key.
+
+    Empty if the variable is no dictionary, or has other keys than the dictionary that it stands for.
+    """
     try:
-        return {key.vt.as_python_constant(): value for key, value in variable.items.items()}
+        items = {key.vt.as_python_constant(): value for key, value in variable.items.items()}
     except (AttributeError, NotImplementedError):
         return {}
+    return items if isinstance(owner, dict) and owner.keys() == items.keys() else {}
 
 
 def node_of_variable(variable: Any) -> torch.fx.Node | None:
@@ -325,16 +332,24 @@ def _stands_for(variable: Any, value: object) -> bool:
     """Check whether a variable of Dynamo's stands for an object, or for an equal constant."""
     if hasattr(variable, "is_realized") and not variable.is_realized():
         return bool(variable.original_value() is value)
-    return getattr(variable, "value", variable) is value or _is_constant(variable, value)
+    try:
+        own = getattr(variable, "value", variable)
+    except NotImplementedError:  # a list with a tensor in it
+        return False
+    return own is value or _is_constant(variable, value)
 
 
 def _is_constant(variable: Any, value: object) -> bool:
-    """Check whether one of Dynamo's variables stands for a constant equal to ``value``."""
+    """Check whether one of Dynamo's variables stands for a constant that is written as ``value``.
+
+    Equal numbers may be others: 0.0 and -0.0, (1, 2) and (1.0, 2).
+    """
     try:
         constant = variable.as_python_constant() if variable.is_python_constant() else variable
-    except NotImplementedError:  # a list that says it is one, with a tensor in it
+        same = type(constant) is type(value) and bool(constant == value)
+    except (NotImplementedError, RuntimeError):  # there is a tensor in it, though it says it is one
         return False
-    return type(constant) is type(value) and bool(constant == value)
+    return same and (constant is value or repr(constant) == repr(value))
 
 
 def traced_for() -> object:

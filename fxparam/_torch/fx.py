@@ -42,7 +42,17 @@ IN_PLACE_OPERATORS: dict[str, Callable[..., Any]] = {
     f"__i{name}__": getattr(operator, f"i{name}") for name in _NAMES
 }
 # Modules of torch whose functions do more than compute tensors.
-_HIDING = ("torch.autograd", "torch._C._autograd", "torch.distributed", "torch._dynamo")
+_HIDING = tuple(
+    f"torch.{name}"
+    for name in (
+        "autograd",
+        "_C._autograd",
+        "_C._functorch",
+        "_functorch",
+        "distributed",
+        "_dynamo",
+    )
+)
 
 
 def rename(node: Node, name: str) -> None:

@@ -59,7 +59,8 @@ class _Held:
             and a change is noticed as that of any other.)
         variable: what stands for the value in Dynamo.
         node: the node of the value.
-        watched: the nodes whose tensors must not be written, with their storages and versions.
+        watched: the nodes whose tensors must not be written, with their storages and versions:
+            those that the evaluation read, the value, and whatever shares memory with these.
         seen: the node up to which the graph was searched for writes.
     """
 
@@ -144,6 +145,8 @@ def hold(chain: int, begun: int) -> None:
         watched[node] = _state(node)
     if any(None in state for state in watched.values()):  # not shown by storages and versions
         return
+    # An alias may have a version of its own.
+    watched |= _on_the_same_memory(last.graph.nodes, watched)
     trace.watched[value] = watched
     trace.held[chain] = _Held((_region(), ambient_mark()), variable, value, watched, last)
 
@@ -165,12 +168,21 @@ def _is_right(held: _Held) -> bool:
     """Check whether nothing wrote what a value was computed from, nor the value."""
     if is_erased(held.seen):
         return False
-    storages = {storage for storage, _ in held.watched.values()}
+    new = (n for n in held.node.graph.find_nodes(op="placeholder") if n not in held.watched)
+    if _on_the_same_memory(new, held.watched):
+        return False
     for node in _after(held.seen):
-        if may_write_unseen(node) or any(_state(n)[0] in storages for n in _written(node)):
+        if may_write_unseen(node) or _on_the_same_memory(_written(node), held.watched):
             return False
         held.seen = node
     return all(_state(node) == state for node, state in held.watched.items())
+
+
+def _on_the_same_memory(nodes: Iterable[Node], watched: _Watched) -> _Watched:
+    """Return those of some nodes whose tensors are in the memory of watched ones, as they are."""
+    storages = {storage for storage, _ in watched.values()}
+    states = ((node, _state(node)) for node in nodes)
+    return {node: state for node, state in states if state[0] in storages}
 
 
 def _after(node: Node) -> Iterator[Node]:
@@ -194,5 +206,6 @@ def _written(node: Node) -> Iterable[Node]:
     if written is not None:
         return (written,)
     name = op_name(node)
-    by_name = is_named_in_place(name) or name.endswith(("batch_norm", "instance_norm"))
+    # Running statistics are written, and no version counts that.
+    by_name = is_named_in_place(name) or "batch_norm" in name or "instance_norm" in name
     return node.all_input_nodes if by_name or "out" in node.kwargs else ()

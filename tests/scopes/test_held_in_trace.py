@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.regions import check
 
 X = torch.randn(3, 3, dtype=torch.float64)
 SCALE = 2.0
+FLAGS = {"none"}
+CONFIG: dict[str, object] = {"shifted": True, "other": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +36,16 @@ class Scaled(nn.Module):
         self.factor = 1.0
         self.register_buffer("shift", torch.ones(3, dtype=torch.float64))
 
+    power: int | None = 2
+    zero = 0.0
+
     def forward(self, x: Tensor) -> Tensor:
-        return (x * SCALE * self.factor + self.shift).sin().exp()
+        value = (x * SCALE * self.factor + self.shift).sin().exp()
+        value = value * 2 if "twice" in FLAGS else value
+        value = value + 1 if "shifted" in CONFIG else value
+        value = -value if "negative" in CONFIG else value
+        value = value if self.power is None else value**self.power
+        return value + math.copysign(1, self.zero)
 
 
 class Model(nn.Module):
@@ -129,9 +140,89 @@ def _running_statistics(m: Model, x: Tensor) -> Tensor:
     return y + z + m.cell(x)
 
 
+def _set_changed(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    FLAGS.add("twice")
+    z = m.cell(x)
+    FLAGS.discard("twice")
+    return y + z
+
+
+def _key_deleted(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    del CONFIG["shifted"]
+    z = m.cell(x)
+    CONFIG["shifted"] = True
+    return y + z
+
+
+def _key_added(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    CONFIG["negative"] = None
+    z = m.cell(x)
+    del CONFIG["negative"]
+    return y + z
+
+
+def _class_attribute_hidden(m: Model, x: Tensor) -> Tensor:
+    m.cell.parametrizations.weight[0].power = 1
+    y = m.cell(x)
+    m.cell.parametrizations.weight[0].power = None
+    return y + m.cell(x)
+
+
+def _signed_zero(m: Model, x: Tensor) -> Tensor:
+    m.cell.parametrizations.weight[0].zero = 0.0
+    y = m.cell(x)
+    m.cell.parametrizations.weight[0].zero = -0.0
+    return y + m.cell(x)
+
+
+def _flag_by_position(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    nn.functional.relu(m.alias, True)
+    return y.detach() + m.cell(x)
+
+
+def _written_by_embedding(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    nn.functional.embedding(torch.tensor([0, 1]), m.alias, max_norm=0.1)
+    return y.detach() + m.cell(x)
+
+
+def _written_by_another_out(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    shift = m.cell.parametrizations.weight[0].shift
+    torch.ops.aten.max.dim_max(x, 0, max=shift, max_values=torch.zeros(3, dtype=torch.long))
+    return y.detach() + m.cell(x)
+
+
+def _written_under_vmap(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    torch.vmap(lambda row: row.mul_(0.5))(m.alias)
+    return y.detach() + m.cell(x)
+
+
+def _statistics_updated(m: Model, x: Tensor) -> Tensor:
+    y = m.cell(x)
+    shift = m.cell.parametrizations.weight[0].shift
+    torch.batch_norm_update_stats(x, shift, torch.ones_like(shift), 0.1)
+    return y + m.cell(x)
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        _set_changed,
+        _key_deleted,
+        _key_added,
+        _class_attribute_hidden,
+        _signed_zero,
+        _flag_by_position,
+        _written_by_embedding,
+        _written_by_another_out,
+        _written_under_vmap,
+        _statistics_updated,
         _global_changed,
         _number_changed,
         _written_through_data,
@@ -191,3 +282,46 @@ def test_an_evaluation_that_begins_in_another_and_fails() -> None:
     expected = run(X)
     layer.parametrizations.weight[0].scale.copy_(start)
     assert_close(torch.compile(run, backend=fxparam.backend("eager"))(X), expected)
+
+
+def test_a_variable_of_the_code_around() -> None:
+    scale = 2.0
+
+    class Scaling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * scale
+
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    fxparam.register_parametrization(layer, "weight", Scaling())
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal scale
+        scale = 2.0
+        with fxparam.cached():
+            y = layer(x)
+            scale = 3.0
+            return y + layer(x)
+
+    def plain(x: Tensor) -> Tensor:
+        nonlocal scale
+        scale = 2.0
+        y = layer(x)
+        scale = 3.0
+        return y + layer(x)  # type: ignore[no-any-return]
+
+    assert_close(torch.compile(run, backend=fxparam.backend("eager"))(X), plain(X))
+
+
+@pytest.mark.parametrize("states", [[1.0], (1.0,), {"a": 1.0}])
+def test_containers_of_tensors_may_be_assigned(states: Any) -> None:
+    def keeping(m: Any, x: Tensor) -> Tensor:
+        y = m.cell(x)
+        m.states = [y, [y]]
+        m.states = states
+        z = m.cell(x)
+        m.states = (y,)
+        return y + z + m.cell(x)
+
+    model = Model(keeping)
+    model.states = [torch.ones(2)]
+    assert_close(torch.compile(model, backend=fxparam.backend("eager"))(X), model(X))
