@@ -1,0 +1,147 @@
+"""The matrix exponential, with a backward that costs two products for each one of the value's.
+
+``torch.matrix_exp`` computes its backward as the exponential of a matrix of twice the size. Here
+it is the derivative of ``scaling.py``. How often a matrix is halved depends on its norm, which no
+graph knows: hence two custom ops, of which the second is the backward of the first.
+
+    grad_A = L(A, G^H)^H        L(A, E) is the derivative of the exponential at A in the direction E
+
+The backward of the second op is the first op's, at the matrix ((A, E), (0, A)), in whose
+exponential L(A, E) stands in the upper right corner. So derivatives of every order exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxparam._torch.names import inside_forward_ad, inside_functorch
+from fxparam.lowering import scaling
+from fxparam.lowering.precision import multiplies_exactly, without_autocast
+
+__all__ = ["DTYPES", "matrix_exp"]
+
+#: In the others torch does not compute a usable value, or raises.
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+# How often a matrix is halved is read from the device, which no CUDA graph can record.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
+
+def matrix_exp(a: Tensor) -> Tensor:
+    """Return the exponential of square matrices, ``torch.linalg.matrix_exp`` up to rounding.
+
+    It is torch's own where no gradient will be asked for, under transforms of ``torch.func`` and
+    where a gradient is carried forward, which a custom op does not take part in, and in the dtypes
+    that torch alone takes.
+
+    Args:
+        a: shape ``(..., n, n)``.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.linalg.matrix_exp.html
+
+    >>> import torch
+    >>> a = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], requires_grad=True)
+    >>> matrix_exp(a).detach()  # a rotation by one radian
+    tensor([[ 0.5403,  0.8415],
+            [-0.8415,  0.5403]])
+    """
+    if not isinstance(a, Tensor) or not torch.is_grad_enabled() or not a.requires_grad:
+        return torch.linalg.matrix_exp(a)
+    if a.dtype not in DTYPES or inside_functorch() or inside_forward_ad():
+        return torch.linalg.matrix_exp(a)
+    value: Tensor = torch.ops.fxparam.matrix_exp(a)
+    return value
+
+
+@torch.library.custom_op("fxparam::matrix_exp", mutates_args=(), tags=_TAGS)
+def _matrix_exp(a: Tensor) -> Tensor:
+    with without_autocast(a.device):
+        value = scaling.exponential(_batch(a)) if _is_usual(a) else None
+        return torch.linalg.matrix_exp(a) if value is None else value.view(a.shape)
+
+
+@torch.library.custom_op("fxparam::matrix_exp_derivative", mutates_args=(), tags=_TAGS)
+def _derivative(a: Tensor, direction: Tensor) -> Tensor:
+    with without_autocast(a.device):
+        value = scaling.derivative(_batch(a), _batch(direction)) if _is_usual(a) else None
+        return _derivative_of_torch(a, direction) if value is None else value.view(a.shape)
+
+
+def _is_usual(a: Tensor) -> bool:
+    """Check whether a matrix is one for ``scaling.py``; torch answers for others, by an error too."""
+    square = a.dim() > 1 and a.shape[-1] == a.shape[-2]
+    sized = square and a.shape[-1] > 1 and a.numel() > 0
+    return sized and a.dtype in DTYPES and multiplies_exactly(a.dtype, a.device)
+
+
+def _batch(a: Tensor) -> Tensor:
+    return a.reshape(-1, *a.shape[-2:])
+
+
+def _derivative_of_torch(a: Tensor, direction: Tensor) -> Tensor:
+    """Return the derivative of numbers, of no matrices, and where a norm is not finite."""
+    n = a.shape[-1]
+    return torch.linalg.matrix_exp(_both(a, direction))[..., :n, n:].contiguous()
+
+
+def _both(a: Tensor, direction: Tensor) -> Tensor:
+    """Return the matrix ((A, E), (0, A))."""
+    upper = torch.cat([a, direction], dim=-1)
+    return torch.cat([upper, torch.cat([torch.zeros_like(a), a], dim=-1)], dim=-2)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> Tensor:
+    (a,) = ctx.saved_tensors
+    derivative: Tensor = torch.ops.fxparam.matrix_exp_derivative(a, gradient.mH)
+    return derivative.mH
+
+
+def _backward_of_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a, direction = ctx.saved_tensors
+    if not ctx.needs_input_grad[0]:
+        return None, torch.ops.fxparam.matrix_exp_derivative(a, gradient.mH).mH
+    # The derivative is linear in the direction: its norm need not make the matrix one of large norm.
+    n, scale = a.shape[-1], _norm(direction)
+    none = torch.zeros_like(a)
+    at = _both(a, direction / scale)
+    towards = torch.cat([torch.cat([none, none], -1), torch.cat([gradient.mH, none], -1)], -2)
+    found = torch.ops.fxparam.matrix_exp_derivative(at, towards).mH
+    of_a = (found[..., :n, :n] + found[..., n:, n:]) * scale
+    return of_a, found[..., :n, n:]
+
+
+def _norm(direction: Tensor) -> Tensor:
+    """Return the largest number of a matrix, 1 for a matrix of zeros."""
+    size = direction.detach().abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _like(a: Tensor, *_: Tensor) -> Tensor:
+    """Return what an op returns, where there are no data."""
+    return torch.linalg.matrix_exp(a)
+
+
+def _batched(op: Any) -> Any:
+    """Return the rule of an op for batches of inputs: it takes batches itself."""
+
+    def rule(info: Any, places: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        given = [
+            x.expand(info.batch_size, *x.shape) if place is None else x.movedim(place, 0)
+            for x, place in zip(inputs, places, strict=True)
+        ]
+        return op(*given), 0
+
+    return rule
+
+
+for _op, _its_backward in ((_matrix_exp, _backward), (_derivative, _backward_of_derivative)):
+    _op.register_fake(_like)
+    _op.register_autograd(_its_backward, setup_context=_save)
+    _op.register_vmap(_batched(_op))
