@@ -21,10 +21,14 @@ from fxparam._torch.names import inside_forward_ad, inside_functorch
 from fxparam.lowering import scaling
 from fxparam.lowering.precision import multiplies_exactly, without_autocast
 
-__all__ = ["DTYPES", "matrix_exp"]
+__all__ = ["DTYPES", "is_faster", "matrix_exp"]
 
 #: In the others torch does not compute a usable value, or raises.
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+# Sizes from which the op is faster: of a matrix, and of a batch in numbers.
+_SMALLEST = 2
+_SMALLEST_BATCH = 24 * 24
 
 # How often a matrix is halved is read from the device, which no CUDA graph can record.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
@@ -49,18 +53,27 @@ def matrix_exp(a: Tensor) -> Tensor:
             [-0.8415,  0.5403]])
     """
     if not isinstance(a, Tensor) or not torch.is_grad_enabled() or not a.requires_grad:
-        return torch.linalg.matrix_exp(a)
-    if a.dtype not in DTYPES or inside_functorch() or inside_forward_ad():
-        return torch.linalg.matrix_exp(a)
+        return torch.matrix_exp(a)
+    if a.dtype not in DTYPES or not is_faster(a) or inside_functorch() or inside_forward_ad():
+        return torch.matrix_exp(a)
     value: Tensor = torch.ops.fxparam.matrix_exp(a)
     return value
+
+
+def is_faster(a: Tensor) -> bool:
+    """Check whether the op was measured to be faster than torch's, backward included.
+
+    Below that an op costs its calls, of which torch's own has fewer. Measured on one CPU thread:
+    `benchmarks/maps.py`.
+    """
+    return a.shape[-1] >= _SMALLEST and a.numel() >= _SMALLEST_BATCH
 
 
 @torch.library.custom_op("fxparam::matrix_exp", mutates_args=(), tags=_TAGS)
 def _matrix_exp(a: Tensor) -> Tensor:
     with without_autocast(a.device):
         value = scaling.exponential(_batch(a)) if _is_usual(a) else None
-        return torch.linalg.matrix_exp(a) if value is None else value.view(a.shape)
+        return torch.matrix_exp(a) if value is None else value.view(a.shape)
 
 
 @torch.library.custom_op("fxparam::matrix_exp_derivative", mutates_args=(), tags=_TAGS)
@@ -71,7 +84,7 @@ def _derivative(a: Tensor, direction: Tensor) -> Tensor:
 
 
 def _is_usual(a: Tensor) -> bool:
-    """Check whether a matrix is one for ``scaling.py``; torch answers for others, by an error too."""
+    """Check whether matrices are some for ``scaling.py``; others torch computes, or refuses."""
     square = a.dim() > 1 and a.shape[-1] == a.shape[-2]
     sized = square and a.shape[-1] > 1 and a.numel() > 0
     return sized and a.dtype in DTYPES and multiplies_exactly(a.dtype, a.device)
@@ -84,7 +97,7 @@ def _batch(a: Tensor) -> Tensor:
 def _derivative_of_torch(a: Tensor, direction: Tensor) -> Tensor:
     """Return the derivative of numbers, of no matrices, and where a norm is not finite."""
     n = a.shape[-1]
-    return torch.linalg.matrix_exp(_both(a, direction))[..., :n, n:].contiguous()
+    return torch.matrix_exp(_both(a, direction))[..., :n, n:].contiguous()
 
 
 def _both(a: Tensor, direction: Tensor) -> Tensor:
@@ -103,7 +116,7 @@ def _backward_of_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     a, direction = ctx.saved_tensors
     if not ctx.needs_input_grad[0]:
         return None, torch.ops.fxparam.matrix_exp_derivative(a, gradient.mH).mH
-    # The derivative is linear in the direction: its norm need not make the matrix one of large norm.
+    # The derivative is linear in the direction, whose norm need not become that of the matrix.
     n, scale = a.shape[-1], _norm(direction)
     none = torch.zeros_like(a)
     at = _both(a, direction / scale)
@@ -125,7 +138,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _like(a: Tensor, *_: Tensor) -> Tensor:
     """Return what an op returns, where there are no data."""
-    return torch.linalg.matrix_exp(a)
+    return torch.matrix_exp(a)
 
 
 def _batched(op: Any) -> Any:

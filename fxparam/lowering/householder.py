@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxparam.lowering.precision import multiplies_exactly
 
-__all__ = ["DTYPES", "compact_wy", "householder_product"]
+__all__ = ["DTYPES", "compact_wy", "householder_product", "is_like_torch"]
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -45,11 +45,11 @@ def householder_product(a: Tensor, tau: Tensor) -> Tensor:
             [ 0.,  0.]])
     """
     if not isinstance(a, Tensor) or not isinstance(tau, Tensor) or not torch.is_grad_enabled():
-        return torch.linalg.householder_product(a, tau)
+        return torch.orgqr(a, tau)
     if not (a.requires_grad or tau.requires_grad) or not is_like_torch(a, tau):
-        return torch.linalg.householder_product(a, tau)
+        return torch.orgqr(a, tau)
     if torch.is_autocast_enabled(a.device.type) or not multiplies_exactly(a.dtype, a.device):
-        return torch.linalg.householder_product(a, tau)
+        return torch.orgqr(a, tau)
     return compact_wy(a, tau)
 
 
@@ -63,9 +63,13 @@ def is_like_torch(a: Tensor, tau: Tensor) -> bool:
 def compact_wy(a: Tensor, tau: Tensor) -> Tensor:
     """Return the product of the reflectors; the arguments are not checked."""
     m, n, k = a.shape[-2], a.shape[-1], tau.shape[-1]
-    eye = torch.eye(m, n, dtype=a.dtype, device=a.device)
-    v = a[..., :k].tril(-1) + eye[:, :k]
-    factors = tau[..., None]
-    inner = eye[:k, :k] + factors * (v.mH @ v).triu(1)
-    upper = factors * v[..., :n, :].mH
-    return eye - v @ torch.linalg.solve_triangular(inner, upper, upper=True, unitriangular=True)
+    # The product is made transposed: torch's own has columns next to each other in memory.
+    transposed = torch.eye(n, m, dtype=a.dtype, device=a.device)
+    eye = torch.transpose(transposed, -2, -1)
+    v = torch.tril(a[..., :k] if k < n else a, -1) + eye[:, :k]
+    factors = torch.unsqueeze(tau, -1)
+    inner = eye[:k, :k] + factors * torch.triu(torch.adjoint(v) @ v, 1)
+    upper = factors * torch.adjoint(v[..., :n, :])
+    solved = torch.linalg.solve_triangular(inner, upper, upper=True, unitriangular=True)
+    product = torch.transpose(solved, -2, -1) @ torch.transpose(v, -2, -1)
+    return torch.transpose(transposed - product, -2, -1)

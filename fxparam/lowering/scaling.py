@@ -6,8 +6,8 @@ carried through each product, as by Al-Mohy and Higham, Computing the Frechet De
 Matrix Exponential, SIAM J. Matrix Anal. Appl. 30 (2009), 1639. That costs two products for each one
 of the value's.
 
-A normal matrix needs fewer squarings. What counts is its largest eigenvalue, of which its 1-norm may
-be many times as large, and of which the Frobenius norm of its square tells more.
+A normal matrix needs fewer squarings. What counts is its largest eigenvalue, of which its 1-norm
+may be many times as large, and of which the Frobenius norm of its square tells more.
 """
 
 from __future__ import annotations
