@@ -23,6 +23,8 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "ShapeEnv",
+    "OrthogonalMaps",
+    "OrthogonalParametrization",
     "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedTorchError",
@@ -105,6 +107,9 @@ assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadat
 # What torch.nn.utils.parametrizations.spectral_norm and weight_norm register.
 SpectralNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_SpectralNorm")
 WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
+# What torch.nn.utils.parametrizations.orthogonal registers, and the names of its maps.
+OrthogonalParametrization: Any = lookup("torch.nn.utils.parametrizations", "_Orthogonal")
+OrthogonalMaps: Any = lookup("torch.nn.utils.parametrizations", "_OrthMaps")
 # torch's own cached(): how many of its blocks are open, and the values of the outermost.
 _parametrize = lookup("torch.nn.utils", "parametrize")
 for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence not kept

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxparam._torch.names import inside_forward_ad, inside_functorch
 from fxparam.lowering import scaling
+from fxparam.lowering.asked import asks_for_gradients
 from fxparam.lowering.precision import multiplies_exactly, without_autocast
 
 __all__ = ["DTYPES", "is_faster", "matrix_exp"]
@@ -37,9 +38,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 def matrix_exp(a: Tensor) -> Tensor:
     """Return the exponential of square matrices, ``torch.linalg.matrix_exp`` up to rounding.
 
-    It is torch's own where no gradient will be asked for, under transforms of ``torch.func`` and
-    where a gradient is carried forward, which a custom op does not take part in, and in the dtypes
-    that torch alone takes.
+    It is torch's own where no gradient will be asked for, in code that is traced, under transforms
+    of ``torch.func`` and where a gradient is carried forward, which a custom op does not take part
+    in, and for what torch alone takes or is faster at.
 
     Args:
         a: shape ``(..., n, n)``.
@@ -52,7 +53,7 @@ def matrix_exp(a: Tensor) -> Tensor:
     tensor([[ 0.5403,  0.8415],
             [-0.8415,  0.5403]])
     """
-    if not isinstance(a, Tensor) or not torch.is_grad_enabled() or not a.requires_grad:
+    if not asks_for_gradients(a):
         return torch.matrix_exp(a)
     if a.dtype not in DTYPES or not is_faster(a) or inside_functorch() or inside_forward_ad():
         return torch.matrix_exp(a)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxparam.lowering.asked import asks_for_gradients
 from fxparam.lowering.precision import multiplies_exactly
 
 __all__ = ["DTYPES", "compact_wy", "householder_product", "is_like_torch"]
@@ -28,8 +29,8 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 def householder_product(a: Tensor, tau: Tensor) -> Tensor:
     """Return ``torch.linalg.householder_product`` up to rounding.
 
-    It is torch's own where no gradient will be asked for, under autocast, and where products are
-    made in less precision than the dtype's.
+    It is torch's own where no gradient will be asked for, in code that is traced, under autocast,
+    and where products are made in less precision than the dtype's.
 
     Args:
         a: shape ``(..., m, n)``, ``m >= n``; the reflectors are below its diagonal.
@@ -44,9 +45,7 @@ def householder_product(a: Tensor, tau: Tensor) -> Tensor:
             [ 0.,  1.],
             [ 0.,  0.]])
     """
-    if not isinstance(a, Tensor) or not isinstance(tau, Tensor) or not torch.is_grad_enabled():
-        return torch.orgqr(a, tau)
-    if not (a.requires_grad or tau.requires_grad) or not is_like_torch(a, tau):
+    if not asks_for_gradients(a, tau) or not is_like_torch(a, tau):
         return torch.orgqr(a, tau)
     if torch.is_autocast_enabled(a.device.type) or not multiplies_exactly(a.dtype, a.device):
         return torch.orgqr(a, tau)

@@ -86,7 +86,7 @@ matmul_1 = transpose_1.matmul(transpose_2)
 sub = eye.sub(matmul_1)
 transpose_3 = torch.transpose(sub, -2, -1)
 exp = torch.exp(transpose_3)
-return (exp,)""",
+return (exp,)""",  # noqa: E501
     )
 
 
