@@ -27,9 +27,8 @@ __all__ = ["DTYPES", "is_faster", "matrix_exp"]
 #: In the others torch does not compute a usable value, or raises.
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
-# Sizes from which the op is faster: of a matrix, and of a batch in numbers.
-_SMALLEST = 2
-_SMALLEST_BATCH = 24 * 24
+# In a batch, from where the op is as fast as torch's: one matrix of 32 rows.
+_FEWEST_NUMBERS = 32 * 32
 
 # How often a matrix is halved is read from the device, which no CUDA graph can record.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
@@ -62,22 +61,20 @@ def matrix_exp(a: Tensor) -> Tensor:
 
 
 def is_faster(a: Tensor) -> bool:
-    """Check whether the op was measured to be faster than torch's, backward included.
+    """Check whether the op is at least as fast as torch's, backward included.
 
-    Below that an op costs its calls, of which torch's own has fewer. Measured on one CPU thread:
-    `benchmarks/maps.py`.
+    Of less than that, torch makes fewer calls than the op does. Measured on one CPU thread by
+    ``python -m benchmarks.maps``.
     """
-    return a.shape[-1] >= _SMALLEST and a.numel() >= _SMALLEST_BATCH
+    return a.shape[-1] > 1 and a.numel() >= _FEWEST_NUMBERS
 
 
-@torch.library.custom_op("fxparam::matrix_exp", mutates_args=(), tags=_TAGS)
 def _matrix_exp(a: Tensor) -> Tensor:
     with without_autocast(a.device):
         value = scaling.exponential(_batch(a)) if _is_usual(a) else None
         return torch.matrix_exp(a) if value is None else value.view(a.shape)
 
 
-@torch.library.custom_op("fxparam::matrix_exp_derivative", mutates_args=(), tags=_TAGS)
 def _derivative(a: Tensor, direction: Tensor) -> Tensor:
     with without_autocast(a.device):
         value = scaling.derivative(_batch(a), _batch(direction)) if _is_usual(a) else None
@@ -155,7 +152,19 @@ def _batched(op: Any) -> Any:
     return rule
 
 
-for _op, _its_backward in ((_matrix_exp, _backward), (_derivative, _backward_of_derivative)):
-    _op.register_fake(_like)
-    _op.register_autograd(_its_backward, setup_context=_save)
-    _op.register_vmap(_batched(_op))
+# Defined by schemas: torch.library.custom_op puts several calls of Python around each call.
+for _name, _schema, _computed, _differentiated in (
+    ("matrix_exp", "(Tensor a) -> Tensor", _matrix_exp, _backward),
+    (
+        "matrix_exp_derivative",
+        "(Tensor a, Tensor direction) -> Tensor",
+        _derivative,
+        _backward_of_derivative,
+    ),
+):
+    _qualified = f"fxparam::{_name}"
+    torch.library.define(_qualified, _schema, tags=_TAGS)
+    torch.library.impl(_qualified, "CompositeExplicitAutograd", _computed)
+    torch.library.register_fake(_qualified, _like)
+    torch.library.register_autograd(_qualified, _differentiated, setup_context=_save)
+    torch.library.register_vmap(_qualified, _batched(getattr(torch.ops.fxparam, _name)))

@@ -197,9 +197,9 @@ def _combined(terms: Tensor, rows: tuple[_Row, ...], order: int) -> Tensor:
     coefficients = _coefficients(rows, len(terms), numbers.dtype, numbers.device)
     made = torch.mm(coefficients, numbers.view(len(terms), -1)).view(-1, *numbers.shape[1:])
     made = torch.view_as_complex(made) if terms.is_complex() else made
-    for row, value in zip(rows, made, strict=True):
-        if row[0] and not order:
-            value.diagonal(dim1=-2, dim2=-1).add_(row[0])
+    for place, row in enumerate(rows if not order else ()):
+        if row[0]:
+            made[place].diagonal(dim1=-2, dim2=-1).add_(row[0])
     return made
 
 

@@ -13,7 +13,7 @@ from tests.lowering.errors import results
 op = torch.ops.fxparam.matrix_exp
 derivative = torch.ops.fxparam.matrix_exp_derivative
 close = torch.testing.assert_close
-SIZE = 24  # the function takes the op from here on
+SIZE = 32  # the function takes the op from here on
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
