@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -32,6 +33,7 @@ __all__ = [
     "region_mark",
     "settle",
     "value",
+    "within_evaluation",
 ]
 
 #: The key of the region that a node was traced in.
@@ -149,6 +151,12 @@ def distinguish(node: Node, call: str) -> None:
 def evaluation_of_value(node: Node) -> str | None:
     """Return the parametrization list whose value a node is, if it was marked."""
     return (node.meta.get("custom") or {}).get(VALUE)
+
+
+def within_evaluation(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a node for one that is a part of its evaluations, not their value."""
+    custom = {k: v for k, v in (meta.get("custom") or {}).items() if k not in (VALUE, READS)}
+    return {**meta, "custom": custom} if "custom" in meta else dict(meta)
 
 
 def join(node: Node, other: Node) -> None:

@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "graph.rules": {"_torch", "marks", "graph.analysis"},
     "graph.report": {"_torch", "marks", "graph.analysis", "graph.rules"},
 }
-ALLOWED["graph.passes"] = {*ALLOWED, "graph.torch_bugs"} - {"graph.passes"}
+ALLOWED["lowering"] = {"_torch"}
+ALLOWED["graph.rewrites"] = {"_torch", "graph.analysis", "lowering"}
+ALLOWED["graph.passes"] = set(ALLOWED)
 ALLOWED["graph"] = set(ALLOWED)
 ALLOWED["eager"] = {"_torch"}
 ALLOWED["scopes"] = {"_torch", "marks", "eager"}
@@ -29,9 +31,10 @@ ALLOWED["tracing"] = {*ALLOWED["graph"], "graph", "eager"}
 ALLOWED["exporting"] = {*ALLOWED["tracing"], "scopes"}
 ALLOWED["compiling"] = {*ALLOWED["tracing"], "scopes"}
 ALLOWED["parametrize"] = {"eager", "scopes"}
+ALLOWED["parametrizations"] = {"_torch", "eager", "lowering"}
 ALLOWED["demo"] = {""}
 ALLOWED["__main__"] = {"", "demo"}
-ALLOWED[""] = set(ALLOWED) - {"demo", "__main__", "parametrize"}
+ALLOWED[""] = set(ALLOWED) - {"demo", "__main__", "parametrize", "parametrizations"}
 
 #: Private names of nodes, tensors, ops and graph modules of torch's.
 PRIVATE = {

@@ -23,6 +23,8 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "ShapeEnv",
+    "OrthogonalMaps",
+    "OrthogonalParametrization",
     "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedTorchError",
@@ -39,6 +41,7 @@ __all__ = [
     "functorch_config",
     "global_buffer_hooks",
     "grad_mode_namespace",
+    "inside_forward_ad",
     "inside_functorch",
     "is_composite",
     "is_opaque_reference",
@@ -104,6 +107,9 @@ assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadat
 # What torch.nn.utils.parametrizations.spectral_norm and weight_norm register.
 SpectralNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_SpectralNorm")
 WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
+# What torch.nn.utils.parametrizations.orthogonal registers, and the names of its maps.
+OrthogonalParametrization: Any = lookup("torch.nn.utils.parametrizations", "_Orthogonal")
+OrthogonalMaps: Any = lookup("torch.nn.utils.parametrizations", "_OrthMaps")
 # torch's own cached(): how many of its blocks are open, and the values of the outermost.
 _parametrize = lookup("torch.nn.utils", "parametrize")
 for _name in ("_cache_enabled", "_cache"):  # bound anew by each block, hence not kept
@@ -116,6 +122,8 @@ function_depth = lookup("torch._C", "_len_torch_function_stack")
 any_autocast = lookup("torch._C", "_is_any_autocast_enabled")
 tracing_state = lookup("torch._C", "_get_tracing_state")
 _interpreter = lookup("torch._C._functorch", "peek_interpreter_stack")
+_forward_ad: Any = lookup("torch.autograd", "forward_ad")
+lookup("torch.autograd.forward_ad", "_current_level")  # bound anew by each block, hence not kept
 _saved_tensors_hooks: Any = lookup("torch._C._autograd", "_top_saved_tensors_default_hooks")
 _find_builtin = lookup("torch.jit._builtins", "_find_builtin")
 _operator_schemas = lookup("torch._C", "_jit_get_schemas_for_operator")
@@ -181,6 +189,11 @@ def checkpoint_around() -> object:
 def inside_functorch() -> bool:
     """Check whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) runs this code."""
     return _interpreter() is not None
+
+
+def inside_forward_ad() -> bool:
+    """Check whether a block of ``torch.autograd.forward_ad`` is open."""
+    return bool(_forward_ad._current_level >= 0)
 
 
 def is_plain_eager() -> bool:

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,7 @@ from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.hoist import HoistResult, hoist
+from fxparam.graph.passes.lower import lower as lower_ops
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
@@ -61,9 +63,10 @@ class Backend:
         options: dict[str, Any] | None = None,
         max_bytes: float = math.inf,
         strict: bool | None = None,
+        lower: bool = True,
     ) -> None:
         self._inner, self._mode, self._options = inner, mode, options or {}
-        self._max_bytes, self._strict = max_bytes, strict
+        self._max_bytes, self._strict, self._lower = max_bytes, strict, lower
         self._unshared: object = None  # the compilation whose graph a pass failed on
         self._first_readers = FirstReaders()
         self.reports: list[Report] = []
@@ -73,10 +76,12 @@ class Backend:
     _dynamo_backend_init = staticmethod(warn_of_artifacts)
 
     def __repr__(self) -> str:
-        given = {"mode": self._mode, **self._options, "strict": self._strict}
+        given: dict[str, Any] = {"mode": self._mode, **self._options, "strict": self._strict}
         if self._max_bytes != math.inf:
             given["max_bytes"] = self._max_bytes
         inner = self._inner if isinstance(self._inner, str) else kind_of(self._inner)
+        if not self._lower:
+            given["lower"] = False
         options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
         return f"fxparam.backend({inner!r}{options})"
 
@@ -139,6 +144,10 @@ class Backend:
             autocast_now=True,
             max_bytes=self._max_bytes,
         )
+        if self._lower:
+            lowered = lower_ops(gm, grad_enabled=torch.is_grad_enabled(), autocast_now=True)
+            report = result.report.with_lowered(lowered)
+            result = replace(result, report=report, modified=result.modified or bool(lowered))
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
@@ -189,6 +198,7 @@ def backend(
     mode: str | None = None,
     max_bytes: float = math.inf,
     strict: bool | None = None,
+    lower: bool = True,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -203,6 +213,8 @@ def backend(
         strict: what happens if a pass of this backend fails on a graph. True: an error. False: a
             warning, and the graph is compiled as it was captured. None: True if the environment has
             ``FXPARAM_STRICT=1``. With ``FXPARAM_DISABLE=1`` no graph is shared at all.
+        lower: whether ops of evaluations are rewritten to cheaper forms, which compute the same
+            function and derivative up to rounding.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
@@ -225,7 +237,7 @@ def backend(
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
     if not isinstance(max_bytes, (int, float)):
         raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
-    return Backend(inner, mode, options, max_bytes, strict)
+    return Backend(inner, mode, options, max_bytes, strict, lower)
 
 
 #: What the entry point ``fxparam`` names.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,7 @@ class Entry:
         hoisted_from: the loops and other bodies that it was moved out of, each with the number of
             its iterations, None if not known.
         refused: why the others were not shared.
+        lowered: the ops that were rewritten to a cheaper form, each once.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Entry:
     runs: int | None
     hoisted_from: tuple[tuple[str, int | None], ...] = ()
     refused: tuple[Refusal, ...] = ()
+    lowered: tuple[str, ...] = ()
 
     @property
     def kept(self) -> tuple[Refusal, ...]:
@@ -85,6 +87,22 @@ class Report:
     entries: tuple[Entry, ...] = ()
     merged: int = 0
 
+    def with_lowered(self, lowered: Iterable[tuple[str, str, int | None]]) -> Report:
+        """Return the report with ops that were rewritten.
+
+        Args:
+            lowered: for each, the name of the tensor or value, the op, and how many times one run
+                runs it. A value that is evaluated once gets an entry for it.
+        """
+        ops: dict[str, dict[str, int | None]] = {}
+        for name, op, runs in lowered:
+            ops.setdefault(name, {})[op] = runs
+        entries = [replace(entry, lowered=tuple(ops.pop(entry.name, ()))) for entry in self.entries]
+        for name, found in ops.items():
+            runs = next(iter(found.values()))
+            entries.append(Entry(name, (), 1, 1, runs, runs, lowered=tuple(found)))
+        return replace(self, entries=tuple(entries))
+
     def __repr__(self) -> str:
         lines = [f"fxparam: {self.merged} operations shared"]
         for entry in self.entries:
@@ -92,6 +110,7 @@ class Report:
             lines.append(f"  {entry.name}{kind}: {_counts(entry)}")
             for op, iterations in entry.hoisted_from:
                 lines.append(f"    moved out of {op}{_times(iterations)}")
+            lines += [f"    {op} lowered" for op in entry.lowered]
             for refusal in entry.refused:
                 lines.append(f"    {refusal.count} refused: {refusal.rule}")
                 lines += [f"      {place}" for place in refusal.where]

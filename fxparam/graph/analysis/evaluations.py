@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from fxparam.graph.analysis.nesting import Level, inputs_in_each_run
 from fxparam.graph.analysis.nodes import is_view, owner, value_of
 
-__all__ = ["Evaluation", "all_evaluations", "evaluations"]
+__all__ = ["Evaluation", "all_evaluations", "evaluations", "name_of"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,14 @@ def _values(level: Level) -> list[Evaluation]:
         if node not in derived.candidates or owner(node) is not None or is_view(node):
             continue
         if any(user not in derived.nodes or is_view(user) for user in node.users):
-            found.append(Evaluation(_described(level, node), (node,), level.runs))
+            found.append(Evaluation(name_of(level, node), (node,), level.runs))
     return found
+
+
+def name_of(level: Level, node: Node) -> str:
+    """Return the name of the tensor that a node evaluates, or a text for a value without a name."""
+    named = owner(node)
+    return _described(level, node) if named is None else named[1]
 
 
 def _described(level: Level, node: Node) -> str:

@@ -28,6 +28,7 @@ _PAIRS = {
 }
 # These name the whole mode in their arguments; a functorch level is a new one each time.
 _BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
+_ENTRY = "entry"  # no switch was met that is not understood
 _NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
 # Whether it is on, and the dtype it casts to; another key for what is not known.
 _Autocast = tuple[Hashable, Hashable]
@@ -36,6 +37,18 @@ _Autocast = tuple[Hashable, Hashable]
 def grad_may_be_enabled(key: Hashable) -> bool:
     """Check whether autograd may record what runs under the modes of a ``ModeStack``'s key."""
     return not isinstance(key, tuple) or key[1] is not False
+
+
+def may_autocast(key: Hashable) -> bool:
+    """Check whether autocast may be switched, from what it is where the graph starts."""
+    return not isinstance(key, tuple) or bool(key[2])
+
+
+def may_transform(key: Hashable) -> bool:
+    """Check whether a transform of ``torch.func`` may run what is under a ``ModeStack``'s key."""
+    if not isinstance(key, tuple) or key[0] != _ENTRY:
+        return True
+    return any(name not in _BY_VALUE for name, _ in key[3])
 
 
 def switches_a_mode(node: Node) -> bool:
@@ -64,7 +77,7 @@ class ModeStack:
     def __init__(self, grad_enabled: bool | None, autocast_now: bool = False) -> None:
         self._autocast_now = autocast_now
         self._fresh = itertools.count()
-        self._base: Hashable = "entry"
+        self._base: Hashable = _ENTRY
         self._grad: Hashable = grad_enabled
         self._autocast: dict[str, _Autocast] = {}  # by device, where it was switched
         self._entered: list[tuple[str, Hashable]] = []

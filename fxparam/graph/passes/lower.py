@@ -1,0 +1,109 @@
+"""Ops of evaluations give way to cheaper forms: the same function and derivative up to rounding.
+
+    w = matrix_exp(a)            ->      w = fxparam::matrix_exp(a)
+
+    q = householder_product(a, t)  ->    v = tril(a) + eye; ...; q = eye - v @ solve_triangular(...)
+
+Run when the graphs are hoisted, before autograd: what is saved is mostly backward. An op is
+rewritten where a gradient is asked for; else torch's own forward stays. Under transforms of
+``torch.func`` it stays as well. The rest each rewrite says for itself (``graph/rewrites/``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxparam.graph.analysis.effects import analyze
+from fxparam.graph.analysis.evaluations import name_of
+from fxparam.graph.analysis.modes import (
+    grad_may_be_enabled,
+    may_autocast,
+    may_transform,
+)
+from fxparam.graph.analysis.nesting import Level, levels_of
+from fxparam.graph.analysis.nodes import tensors_in, value_of
+from fxparam.graph.passes.inline import inline
+from fxparam.graph.rewrites.householder_product import HOUSEHOLDER_PRODUCT
+from fxparam.graph.rewrites.matrix_exp import MATRIX_EXP
+from fxparam.graph.rewrites.rewrite import Call, Rewrite
+
+__all__ = ["REWRITES", "Lowered", "lower"]
+
+REWRITES = (MATRIX_EXP, HOUSEHOLDER_PRODUCT)
+
+
+class Lowered(NamedTuple):
+    """An op that was rewritten.
+
+    Attributes:
+        tensor: the name of the parametrized tensor, or of the value, that it is a part of.
+        rewrite: the name of the rewrite.
+        runs: how many times one run of the outermost graph runs it; None if not known.
+    """
+
+    tensor: str
+    rewrite: str
+    runs: int | None
+
+
+def lower(
+    gm: GraphModule,
+    *,
+    grad_enabled: bool | None = None,
+    autocast_now: bool = False,
+    rewrites: tuple[Rewrite, ...] = REWRITES,
+) -> list[Lowered]:
+    """Rewrite ops in the evaluations of a graph and of its bodies, in place.
+
+    Args:
+        gm: a graph with fake tensors in its nodes' metadata, as Dynamo makes it.
+        grad_enabled: the grad mode in which the graph is called, None if not known.
+        autocast_now: autocast is then as it is now; else that is not known.
+        rewrites: those to make.
+
+    Returns:
+        What was rewritten, in graph order, bodies first.
+    """
+    modules = (m for m in gm.modules() if isinstance(m, GraphModule))
+    nodes = (node for module in modules for node in module.graph.nodes)
+    if not any(rewrite.arguments(node) for node in nodes for rewrite in rewrites):
+        return []  # what is below costs a run of each node on fakes
+    table = analyze(gm, grad_enabled=grad_enabled, autocast_now=autocast_now)
+    lowered = []
+    for level in levels_of(gm, table):
+        found = [(node, r) for node in level.gm.graph.nodes for r in rewrites]
+        done = [_lowered(level, node, r, autocast_now) for node, r in found]
+        lowered += [each for each in done if each is not None]
+        if any(done):
+            level.gm.graph.lint()
+            level.gm.recompile()
+    return lowered
+
+
+def _lowered(level: Level, node: Node, rewrite: Rewrite, autocast_now: bool) -> Lowered | None:
+    """Rewrite a node, if it is a call of the rewrite's op and that is right."""
+    arguments = rewrite.arguments(node)
+    if arguments is None or node not in level.derived.candidates or not _asks_for_gradients(node):
+        return None
+    modes = [table.of[node].modes for table in level.tables]
+    if any(may_transform(key) or not grad_may_be_enabled(key) for key in modes):
+        return None
+    call = Call(node, arguments, any(_may_autocast(key, node, autocast_now) for key in modes))
+    if not rewrite.is_right(call):
+        return None
+    name = name_of(level, node)
+    inline(node, rewrite.form, [arguments[parameter] for parameter in rewrite.parameters])
+    return Lowered(name, rewrite.name, level.runs)
+
+
+def _asks_for_gradients(node: Node) -> bool:
+    return any(t.requires_grad for t in tensors_in(value_of(node)))
+
+
+def _may_autocast(modes: Hashable, node: Node, now: bool) -> bool:
+    (value, *_) = tensors_in(value_of(node))
+    return may_autocast(modes) or not now or torch.is_autocast_enabled(value.device.type)

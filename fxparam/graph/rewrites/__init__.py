@@ -1,0 +1,1 @@
+"""Rewrites of ops in evaluations, a file each: the op, the condition, and what takes its place."""

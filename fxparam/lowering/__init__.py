@@ -1,0 +1,1 @@
+"""Cheaper forms of the maps in evaluations: the same function and derivative up to rounding."""
