@@ -26,6 +26,7 @@ from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, 
 from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
+from fxparam.graph.passes.batch import batched
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
@@ -61,7 +62,9 @@ class Backend:
         options: dict[str, Any] | None = None,
         max_bytes: float = math.inf,
         strict: bool | None = None,
+        batch: bool = True,
     ) -> None:
+        self._batch = batch
         self._inner, self._mode, self._options = inner, mode, options or {}
         self._max_bytes, self._strict = max_bytes, strict
         self._unshared: object = None  # the compilation whose graph a pass failed on
@@ -77,6 +80,8 @@ class Backend:
         if self._max_bytes != math.inf:
             given["max_bytes"] = self._max_bytes
         inner = self._inner if isinstance(self._inner, str) else kind_of(self._inner)
+        if not self._batch:
+            given["batch"] = False
         options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
         return f"fxparam.backend({inner!r}{options})"
 
@@ -139,6 +144,8 @@ class Backend:
             autocast_now=True,
             max_bytes=self._max_bytes,
         )
+        if self._batch:
+            result = batched(result, torch.is_grad_enabled(), self._max_bytes)
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
@@ -189,6 +196,7 @@ def backend(
     mode: str | None = None,
     max_bytes: float = math.inf,
     strict: bool | None = None,
+    batch: bool = True,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -203,11 +211,14 @@ def backend(
         strict: what happens if a pass of this backend fails on a graph. True: an error. False: a
             warning, and the graph is compiled as it was captured. None: True if the environment has
             ``FXPARAM_STRICT=1``. With ``FXPARAM_DISABLE=1`` no graph is shared at all.
+        batch: evaluations of different tensors that are the same computation, of the same shapes,
+            run as one where that is faster. False: each runs by itself.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
         ValueError: ``inner`` is no registered backend.
-        TypeError: ``inner`` is neither a string nor callable, or ``max_bytes`` is no number.
+        TypeError: ``inner`` is neither a string nor callable, ``max_bytes`` is no number, or
+            ``batch`` no bool.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 
@@ -225,7 +236,9 @@ def backend(
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
     if not isinstance(max_bytes, (int, float)):
         raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
-    return Backend(inner, mode, options, max_bytes, strict)
+    if not isinstance(batch, bool):
+        raise TypeError(f"batch must be True or False: got {batch!r}")
+    return Backend(inner, mode, options, max_bytes, strict, batch)
 
 
 #: What the entry point ``fxparam`` names.

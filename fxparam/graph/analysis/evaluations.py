@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from fxparam.graph.analysis.nesting import Level, inputs_in_each_run
 from fxparam.graph.analysis.nodes import is_view, owner, value_of
 
-__all__ = ["Evaluation", "all_evaluations", "evaluations"]
+__all__ = ["Evaluation", "all_evaluations", "described", "evaluations"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def _values(level: Level) -> list[Evaluation]:
         if node not in derived.candidates or owner(node) is not None or is_view(node):
             continue
         if any(user not in derived.nodes or is_view(user) for user in node.users):
-            found.append(Evaluation(_described(level, node), (node,), level.runs))
+            found.append(Evaluation(described(level, node), (node,), level.runs))
     return found
 
 
-def _described(level: Level, node: Node) -> str:
+def described(level: Level, node: Node) -> str:
     """Return a text for a value that has no name, such as ``matrix_exp(p)``."""
     op = getattr(node.target, "__name__", str(node.target))
     inputs = next(inputs_in_each_run(level, [node]), ())
