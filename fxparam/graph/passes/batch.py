@@ -41,6 +41,9 @@ from fxparam.marks import is_for_a_region_around
 
 __all__ = ["Batching", "batch", "batched"]
 
+# What a node of a batch says of itself, without the marks of what it was made from.
+_META = ("example_value", "nn_module_stack", "stack_trace")
+
 
 @dataclass
 class Batching:
@@ -215,9 +218,9 @@ class _Batcher:
         ops = [node for node in traced.graph.nodes if node.op == "call_function"]
         with self.gm.graph.inserting_before(place):
             copy_nodes(ops, self.gm.graph, copies)
-        around = {k: v for k, v in place.meta.items() if k in ("nn_module_stack", "stack_trace")}
         for node in ops:
-            copies[node].meta = {**around, "example_value": node.meta["example_value"]}
+            where = {**place.meta, **node.meta}
+            copies[node].meta = {key: where[key] for key in _META if key in where}
             self.place[copies[node]] = self.place[place] - 0.5
         values = [copies[node] for node in traced.graph.output_node().all_input_nodes]
         for old, new in zip((r for each in members for r in each.results), values, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.traceback import preserve_node_meta
 
 from fxparam._torch.fx import copy_nodes
 from fxparam._torch.vmap import CannotBatch, differentiates, fake_mode_of, trace_batched
@@ -33,8 +34,9 @@ def vectorize(
     mode = fake_mode_of(value_of(first[0]))
     if mode is None or all(len(seat) == 1 for seat in seats):
         raise CannotBatch("its inputs have no fake tensors, or do not differ")
-    function = _function(members[0], first)
-    with mode:
+    function = Interpreter(_function(members[0], first)).run
+    # An op of the batch is from where the first member's is.
+    with mode, preserve_node_meta():
         fakes = [[_fresh(value_of(node)) for node in seat] for seat in seats]
         return trace_batched(function, fakes)
 
