@@ -25,11 +25,12 @@ from fxparam.graph.analysis.derived import derive, is_parameter
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import described
 from fxparam.graph.analysis.gradients import ends_reached
+from fxparam.graph.analysis.held_bytes import held_bytes
 from fxparam.graph.analysis.nesting import inputs_kept_apart, levels_of
-from fxparam.graph.analysis.nodes import owner, value_of
-from fxparam.graph.passes.batch_gains import is_worthwhile, largest_batch
+from fxparam.graph.analysis.nodes import owner
+from fxparam.graph.passes.batch_gains import Gain, gain_of
 from fxparam.graph.passes.hoist import HoistResult
-from fxparam.graph.passes.vectorize import gives_the_same, vectorize
+from fxparam.graph.passes.vectorize import vectorize
 from fxparam.graph.report import Batch
 from fxparam.graph.rules import (
     does_the_value_escape,
@@ -66,7 +67,7 @@ def batch(
     Args:
         gm: a hoisted graph of Dynamo's; changed in place.
         grad_enabled: the grad mode in which the graph is called. Autocast is then as it is now.
-        max_bytes: a stack has no more bytes.
+        max_bytes: a batch needs no more memory at its peak.
     """
     inputs = [n for n in gm.graph.find_nodes(op="placeholder") if is_parameter(n)]
     alike: dict[Hashable, list[Computation]] = {}
@@ -102,6 +103,7 @@ class _Batcher:
         self.table = analyze(gm, grad_enabled=grad_enabled, autocast_now=True)
         self.levels = levels_of(gm, self.table)
         self.entry = self.table.of[next(iter(gm.graph.nodes))].modes
+        self.held = held_bytes(gm.graph)
         self.reached = ends_reached(gm.graph, self.table)
         self.place: dict[Node, float] = dict(self.table.position)
         self.now: dict[Node, Node] = {}
@@ -111,10 +113,8 @@ class _Batcher:
         apart = inputs_kept_apart(self.levels)
         for members in alike:
             for together in self._groups(members):
-                made = self._batch(together)
-                if made is not None:
-                    result.batches.append(made)
-                    result.modified |= not made.refused
+                result.batches += self._batch(together)
+        result.modified = any(not made.refused for made in result.batches)
         if result.modified:
             result.apart = apart
             self.gm.graph.lint()
@@ -133,7 +133,8 @@ class _Batcher:
             while len(rest) > 1:
                 place = rest[0].results[0]
                 taken = [each for each in rest if self._may_run_at(place, each)]
-                yield from self._parts(taken)
+                if len(taken) > 1:
+                    yield taken
                 rest = [each for each in rest[1:] if each not in taken]
 
     def _may_be_moved(self, found: Computation) -> bool:
@@ -170,36 +171,45 @@ class _Batcher:
         reads = frozenset(self.table.writers) if effects.raises else effects.reads
         return self.table.written(reads, first, last)
 
-    def _parts(self, members: list[Computation]) -> Iterator[list[Computation]]:
-        """Yield the members in parts of equal sizes, of which none makes a stack too large."""
-        if len(members) < 2:
-            return
-        most = largest_batch(map(value_of, members[0].results), self.max_bytes)
-        if most < 2:
-            return
-        count = -(-len(members) // most)
-        size = -(-len(members) // count)
-        for start in range(0, len(members), size):
-            if len(members) - start > 1:
-                yield members[start : start + size]
-
-    def _batch(self, members: list[Computation]) -> Batch | None:
-        """Let one batch take the place of computations; None if that was no question."""
-        inputs = [[self.now.get(n, n) for n in each.inputs] for each in members]
-        seats = [
-            [*nodes] if len({*nodes}) > 1 else [nodes[0]] for nodes in zip(*inputs, strict=True)
-        ]
-        names = tuple(self._name(each) for each in members)
+    def _batch(self, members: list[Computation]) -> Iterator[Batch]:
+        """Let batches take the place of computations, and yield what became of them."""
+        names = tuple(map(self._name, members))
         try:
-            traced = vectorize(members, inputs[0], seats)
+            gain = self._gain(members)
+            if gain is None:
+                return
+            if gain.least is None or len(members) < gain.least:
+                raise CannotBatch("not worthwhile at this size")
+            most = gain.most(self.held, self.max_bytes)
+            if most < gain.least:
+                raise CannotBatch("it would need more memory than the graph holds")
+        except CannotBatch as refused:
+            yield Batch(names, str(refused))
+            return
+        for part in _parts(members, most):
+            if len(part) > 1:
+                yield self._one(part)
+
+    def _gain(self, members: list[Computation]) -> Gain | None:
+        """Return what a batch gains, seen on one of the first two members."""
+        _, traced = self._traced(members[:2])
+        return gain_of(traced.graph.nodes, 2)
+
+    def _traced(self, members: list[Computation]) -> tuple[list[Node], GraphModule]:
+        """Return the inputs of a batch, and its ops, in a graph by themselves."""
+        inputs = [[self.now.get(n, n) for n in each.inputs] for each in members]
+        seats = [[*n] if len({*n}) > 1 else [n[0]] for n in zip(*inputs, strict=True)]
+        traced = vectorize(members, inputs[0], seats)
+        return [node for seat in seats for node in seat], traced
+
+    def _one(self, members: list[Computation]) -> Batch:
+        """Let one batch take the place of computations."""
+        names = tuple(map(self._name, members))
+        try:
+            inputs, traced = self._traced(members)
         except CannotBatch as refused:
             return Batch(names, str(refused))
-        worthwhile = is_worthwhile(traced.graph.nodes, len(members))
-        if not worthwhile:
-            return None if worthwhile is None else Batch(names, "not worthwhile at this size")
-        if not gives_the_same(traced, members, seats):
-            return Batch(names, "the values or their gradients would be of another kind")
-        self._put_in(traced, members, [node for seat in seats for node in seat])
+        self._put_in(traced, members, inputs)
         return Batch(names)
 
     def _name(self, found: Computation) -> str:
@@ -229,3 +239,11 @@ class _Batcher:
         for each in members:
             for node in reversed(each.nodes):
                 self.gm.graph.erase_node(node)
+
+
+def _parts(members: list[Computation], most: int) -> list[list[Computation]]:
+    """Divide computations into parts of at most so many, of sizes that differ by at most one."""
+    count = -(-len(members) // most)
+    return [
+        members[i * len(members) // count : (i + 1) * len(members) // count] for i in range(count)
+    ]

@@ -17,63 +17,97 @@ and stacked. On a CPU with one thread, torch 2.13, the batch takes, as a multipl
     pointwise                0.77      0.48      1.10      0.79       0.92       1.19
 
 Pointwise ops alone are not batched: Inductor makes one kernel of each chain as it is.
+
+What an op keeps while it works, it keeps for all matrices at once. A batch is made as large as lets
+that fit into what the graph holds at its peak: the batch runs before the rest of the graph, and its
+backward after the rest's. One MiB is always allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from torch import Tensor
 from torch.fx import Node
 
 from fxparam._torch.fx import op_name
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 
-__all__ = ["is_worthwhile", "largest_batch"]
+__all__ = ["Gain", "gain_of"]
 
-#: A stack has at most as many bytes: what an op keeps while it runs, it keeps for all at once.
-_MAX_STACK_BYTES = 4 << 20
+_ALWAYS_ALLOWED = 1 << 18
 
-# By op, the most rows or columns from a number of evaluations on. The costliest op comes first: in
-# an evaluation of several it is the first one found that decides.
-_GAINS: dict[str, tuple[tuple[int, int], ...]] = {
-    "linalg_householder_product": ((2, 32), (8, 128)),
-    "linalg_matrix_exp": ((2, 64),),
-    "_linalg_svd": ((8, 32),),
-    "_linalg_eigh": ((8, 64),),
-    "linalg_qr": ((8, 128),),
-    "_linalg_solve_ex": ((2, 64), (8, 128)),
-    "linalg_cholesky_ex": ((8, 128),),
-    "linalg_inv_ex": ((2, 32), (8, 128)),
-    "linalg_solve_triangular": ((2, 16), (8, 64)),
-    "bmm": ((8, 32),),
+
+@dataclass(frozen=True)
+class _Costs:
+    """Attributes:
+    sides: from a number of evaluations on, the most rows or columns up to which a batch gains.
+    work: the memory at the peak of forward and backward, in multiples of the matrix.
+    forward: the memory at the peak of forward alone.
+    """
+
+    sides: tuple[tuple[int, int], ...]
+    work: int
+    forward: int
+
+
+# The costliest op comes first: in an evaluation of several, the first one found decides.
+_COSTS = {
+    "linalg_householder_product": _Costs(((2, 32), (8, 128)), 6, 2),
+    "linalg_matrix_exp": _Costs(((2, 64),), 50, 12),
+    "_linalg_svd": _Costs(((8, 32),), 4, 3),
+    "_linalg_eigh": _Costs(((8, 64),), 3, 2),
+    "linalg_qr": _Costs(((8, 128),), 6, 2),
+    "_linalg_solve_ex": _Costs(((2, 64), (8, 128)), 6, 4),
+    "linalg_cholesky_ex": _Costs(((8, 128),), 5, 2),
+    "linalg_inv_ex": _Costs(((2, 32), (8, 128)), 4, 3),
+    "linalg_solve_triangular": _Costs(((2, 16), (8, 64)), 5, 2),
+    "bmm": _Costs(((8, 32),), 4, 1),
 }
 
 
-def is_worthwhile(batch: Iterable[Node], count: int) -> bool | None:
-    """Check whether the batch is faster than as many evaluations one after the other.
+@dataclass(frozen=True)
+class Gain:
+    """What is gained by a batch of some evaluations.
+
+    Attributes:
+        least: from how many evaluations on a batch is faster; None where it never is.
+        bytes_each: the memory that each needs at the peak.
+    """
+
+    least: int | None
+    bytes_each: int
+
+    def most(self, held: int, max_bytes: float) -> int:
+        """Return how many evaluations one batch may hold.
+
+        Args:
+            held: the bytes that the graph holds at its peak.
+            max_bytes: a limit of the user's on what one batch needs.
+        """
+        allowed = min(max(held // 2, _ALWAYS_ALLOWED), max_bytes)
+        return int(allowed // max(1, self.bytes_each))
+
+
+def gain_of(batch: Iterable[Node], count: int) -> Gain | None:
+    """Return the gain of a batch; None if no op in it is known to gain at any size.
 
     On a device other than a CPU any op of the table is taken to be bound by its launch.
 
     Args:
         batch: ATen ops on a batch.
-        count: how many evaluations it stands for.
-
-    Returns:
-        The answer; None if nothing in the evaluations is known to gain at any size.
+        count: of how many evaluations it is.
     """
-    found = {op_name(node): node for node in batch if op_name(node) in _GAINS}
-    costliest = next((name for name in _GAINS if name in found), None)
+    found = {op_name(node): node for node in batch if op_name(node) in _COSTS}
+    costliest = next((name for name in _COSTS if name in found), None)
     if costliest is None:
         return None
+    costs = _COSTS[costliest]
     (matrix, *_) = tensors_in([value_of(n) for n in found[costliest].all_input_nodes])
+    differentiated = any(t.requires_grad for t in tensors_in(value_of(found[costliest])))
+    work = costs.work if differentiated else costs.forward
+    bytes_each = work * matrix.numel() * matrix.element_size() // count
     if matrix.device.type != "cpu":
-        return True
+        return Gain(2, bytes_each)
     side = max(matrix.shape[-2:])
-    return any(count >= least and side <= most for least, most in _GAINS[costliest])
-
-
-def largest_batch(results: Iterable[Tensor], max_bytes: float) -> int:
-    """Return how many evaluations one batch may hold, by the bytes of one evaluation's results."""
-    most = max(each.numel() * each.element_size() for each in results)
-    return int(min(_MAX_STACK_BYTES, max_bytes) // max(1, most))
+    return Gain(min((n for n, most in costs.sides if side <= most), default=None), bytes_each)

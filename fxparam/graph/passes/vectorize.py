@@ -15,7 +15,7 @@ from fxparam._torch.vmap import CannotBatch, differentiates, fake_mode_of, trace
 from fxparam.graph.analysis.computations import Computation
 from fxparam.graph.analysis.nodes import value_of
 
-__all__ = ["gives_the_same", "vectorize"]
+__all__ = ["vectorize"]
 
 
 def vectorize(
@@ -28,8 +28,11 @@ def vectorize(
         first: the inputs of the first member.
         seats: for each input, that of each member; a single one where all have the same.
 
+    Returns:
+        The graph, with an example value on each node.
+
     Raises:
-        CannotBatch: an op cannot be run on a batch.
+        CannotBatch: an op cannot be run on a batch, or the results would be of another kind.
     """
     mode = fake_mode_of(value_of(first[0]))
     if mode is None or all(len(seat) == 1 for seat in seats):
@@ -38,7 +41,10 @@ def vectorize(
     # An op of the batch is from where the first member's is.
     with mode, preserve_node_meta():
         fakes = [[_fresh(value_of(node)) for node in seat] for seat in seats]
-        return trace_batched(function, fakes)
+        traced = trace_batched(function, fakes)
+    with mode:
+        _check(traced, members, seats)
+    return traced
 
 
 def _function(member: Computation, inputs: Sequence[Node]) -> GraphModule:
@@ -56,19 +62,23 @@ def _fresh(value: Tensor) -> Tensor:
     return made.requires_grad_(value.requires_grad)
 
 
-def gives_the_same(
+def _check(
     batch: GraphModule, members: Sequence[Computation], seats: Sequence[Sequence[Node]]
-) -> bool:
+) -> None:
     """Check that a batch gives tensors of the same kinds, as differentiable as the members' are.
 
     Leaves an example value on each node, as Dynamo would.
+
+    Raises:
+        CannotBatch: it does not.
     """
     inputs = [value_of(node) for seat in seats for node in seat]
-    with fake_mode_of(inputs[0]):
-        results = _Propagation(batch).run(*inputs)
-        wanted = [value_of(node) for each in members for node in each.results]
-        same = all(_kind(a) == _kind(b) for a, b in zip(results, wanted, strict=True))
-        return same and differentiates(results, inputs)
+    results = _Propagation(batch).run(*inputs)
+    wanted = [value_of(node) for each in members for node in each.results]
+    if any(_kind(a) != _kind(b) for a, b in zip(results, wanted, strict=True)):
+        raise CannotBatch("a value would have another dtype, or lie in memory in another way")
+    if not differentiates(results, inputs):
+        raise CannotBatch("an op of the batch has no derivative")
 
 
 class _Propagation(Interpreter):
