@@ -27,6 +27,7 @@ from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, 
 from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
+from fxparam.graph.passes.batch import batched
 from fxparam.graph.passes.hoist import HoistResult, hoist
 from fxparam.graph.passes.lower import lower as lower_ops
 from fxparam.graph.passes.take_outside import is_in_a_region_around
@@ -64,9 +65,11 @@ class Backend:
         max_bytes: float = math.inf,
         strict: bool | None = None,
         lower: bool = True,
+        batch: bool = True,
     ) -> None:
         self._inner, self._mode, self._options = inner, mode, options or {}
-        self._max_bytes, self._strict, self._lower = max_bytes, strict, lower
+        self._max_bytes, self._strict = max_bytes, strict
+        self._lower, self._batch = lower, batch
         self._unshared: object = None  # the compilation whose graph a pass failed on
         self._first_readers = FirstReaders()
         self.reports: list[Report] = []
@@ -82,6 +85,8 @@ class Backend:
         inner = self._inner if isinstance(self._inner, str) else kind_of(self._inner)
         if not self._lower:
             given["lower"] = False
+        if not self._batch:
+            given["batch"] = False
         options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
         return f"fxparam.backend({inner!r}{options})"
 
@@ -148,6 +153,8 @@ class Backend:
             lowered = lower_ops(gm, grad_enabled=torch.is_grad_enabled(), autocast_now=True)
             report = result.report.with_lowered(lowered)
             result = replace(result, report=report, modified=result.modified or bool(lowered))
+        if self._batch:
+            result = batched(result, torch.is_grad_enabled(), self._max_bytes)
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
@@ -199,6 +206,7 @@ def backend(
     max_bytes: float = math.inf,
     strict: bool | None = None,
     lower: bool = True,
+    batch: bool = True,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -215,11 +223,14 @@ def backend(
             ``FXPARAM_STRICT=1``. With ``FXPARAM_DISABLE=1`` no graph is shared at all.
         lower: whether ops of evaluations are rewritten to cheaper forms, which compute the same
             function and derivative up to rounding.
+        batch: evaluations of different tensors that are the same computation, of the same shapes,
+            run as one where that is faster. False: each runs by itself.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
         ValueError: ``inner`` is no registered backend.
-        TypeError: ``inner`` is neither a string nor callable, or ``max_bytes`` is no number.
+        TypeError: ``inner`` is neither a string nor callable, ``max_bytes`` is no number, or
+            ``lower`` or ``batch`` no bool.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 
@@ -237,7 +248,10 @@ def backend(
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
     if not isinstance(max_bytes, (int, float)):
         raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
-    return Backend(inner, mode, options, max_bytes, strict, lower)
+    for name, switch in (("lower", lower), ("batch", batch)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{name} must be True or False: got {switch!r}")
+    return Backend(inner, mode, options, max_bytes, strict, lower, batch)
 
 
 #: What the entry point ``fxparam`` names.

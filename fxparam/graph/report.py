@@ -16,7 +16,7 @@ from fxparam.graph.analysis.nodes import is_view, module_path
 from fxparam.graph.rules import Rule
 from fxparam.marks import reads
 
-__all__ = ["Entry", "Refusal", "Report", "make_report"]
+__all__ = ["Batch", "Entry", "Refusal", "Report", "make_report"]
 
 
 # Lines in these packages are nobody's accesses.
@@ -74,6 +74,24 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Evaluations of different tensors that are the same computation.
+
+    Attributes:
+        names: of the tensors, as in entries.
+        refused: why they were not made one; empty if they were.
+    """
+
+    names: tuple[str, ...]
+    refused: str = ""
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"not batched: {self.refused}"
+        return f"batched with {len(self.names) - 1} others"
+
+
+@dataclass(frozen=True)
 class Report:
     """The doings of one pass over one graph.
 
@@ -82,10 +100,12 @@ class Report:
             is evaluated more than once.
         merged: operations that now use another's value, and values moved out of bodies, named or
             not.
+        batches: evaluations that run as one, and others that would if torch could.
     """
 
     entries: tuple[Entry, ...] = ()
     merged: int = 0
+    batches: tuple[Batch, ...] = ()
 
     def with_lowered(self, lowered: Iterable[tuple[str, str, int | None]]) -> Report:
         """Return the report with ops that were rewritten.
@@ -114,6 +134,10 @@ class Report:
             for refusal in entry.refused:
                 lines.append(f"    {refusal.count} refused: {refusal.rule}")
                 lines += [f"      {place}" for place in refusal.where]
+            lines += [f"    {batch}" for batch in self.batches if entry.name in batch.names]
+        named = {entry.name for entry in self.entries}
+        for batch in self.batches:
+            lines += [f"  {name}: {batch}" for name in batch.names if name not in named]
         return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.fx import Graph, Node
 
@@ -9,7 +11,7 @@ from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.modes import grad_may_be_enabled
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 
-__all__ = ["DETACHES", "is_tracked", "reached_by_gradients"]
+__all__ = ["DETACHES", "ends_reached", "is_tracked", "reached_by_gradients"]
 
 DETACHES = {"detach", torch.detach, torch.ops.aten.detach.default}
 
@@ -21,17 +23,30 @@ def reached_by_gradients(graph: Graph, table: EffectTable) -> set[Node]:
     gradient, which is another thing than a gradient of zeros where a derivative is infinite.
     Metadata do not tell: values under ``vmap`` say that they ask for no gradient.
     """
-    found: set[Node] = set()
+    return set(ends_reached(graph, table))
+
+
+def ends_reached(graph: Graph, table: EffectTable) -> dict[Node, int]:
+    """For each node, return which ends of a graph a gradient may come from to its value.
+
+    The ends are the results, each by itself, and effects: a set of them as the bits of a number.
+    Nodes from which none does are left out. Two values with different ends are two: if the caller
+    differentiates one result alone, one value has a gradient and the other none.
+    """
+    found: dict[Node, int] = {}
+    bits = (1 << i for i in itertools.count())
     for node in reversed(graph.nodes):
-        ends = node.op == "output" or not node.users and node.op.startswith("call")
-        if (ends or node in found) and not _stops_gradients(node, table):
-            found.update(node.all_input_nodes)
+        if node.op == "output":
+            found.update((read, found.get(read, 0) | next(bits)) for read in node.all_input_nodes)
+            continue
+        is_end = not node.users and node.op.startswith("call")
+        ends = next(bits) if is_end else found.get(node, 0)
+        if ends and not _stops_gradients(node, table):
+            found.update((read, found.get(read, 0) | ends) for read in node.all_input_nodes)
     return found
 
 
 def _stops_gradients(node: Node, table: EffectTable) -> bool:
-    if node.op == "output":
-        return False
     if node.target in DETACHES:
         return True
     tensors = tensors_in(value_of(node))
