@@ -313,7 +313,7 @@ _MISSING = object()
 def _items_of(variable: Any, owner: object) -> dict[Any, Any]:
     """Return the values of a changed dictionary by key.
 
-    Empty if the variable is no dictionary, or has other keys than the dictionary that it stands for.
+    Empty if the variable is no dictionary, or has other keys than the one that it stands for.
     """
     try:
         items = {key.vt.as_python_constant(): value for key, value in variable.items.items()}

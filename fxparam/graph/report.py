@@ -188,6 +188,8 @@ def make_report(
                 tuple(Refusal(rule, len(sites), _lines(sites)) for rule, sites in refused.items()),
             )
         )
+    # What a later read was given while it was traced is shared as well.
+    merged += sum((_accesses(site) - 1) * len(site.nodes) for site in before)
     return Report(tuple(entries), merged)
 
 
