@@ -19,7 +19,6 @@ __all__ = [
     "clear_trace_marks",
     "compilation",
     "dynamo_export",
-    "held_as",
     "is_in_traced_generator",
     "is_opaque_wrapper",
     "is_parameter_or_buffer",
@@ -30,18 +29,16 @@ __all__ = [
     "local_of_traced_code",
     "lookup_backend",
     "nest_results",
-    "node_of_variable",
     "restart_trace",
     "skip_frames_of",
     "trace_marks",
     "trace_memory",
     "trace_number",
-    "traced_assignments",
-    "traced_changes",
     "traced_code",
     "traced_for",
     "traced_module",
     "traced_torch_region",
+    "tracer_output",
     "traces_function_modes",
 ]
 
@@ -76,7 +73,7 @@ def trace_number() -> int:
 
     Each time that Dynamo traces a frame, the number is another one.
     """
-    output = _tracer_output()
+    output = tracer_output()
     if output is None:
         return 0
     number: int = output.__dict__.setdefault("_fxparam_trace", next(_trace_numbers))
@@ -86,7 +83,7 @@ def trace_number() -> int:
 _trace_numbers = itertools.count(1)
 
 
-def _tracer_output() -> Any:
+def tracer_output() -> Any:
     """Return Dynamo's ``OutputGraph`` of the present trace; None while nothing is traced."""
     translator = lookup("torch._dynamo.symbolic_convert", "InstructionTranslator")
     try:
@@ -97,7 +94,7 @@ def _tracer_output() -> Any:
 
 def traced_code() -> types.CodeType | None:
     """Return the code of the frame that Dynamo is tracing; None while it traces none."""
-    output = _tracer_output()
+    output = tracer_output()
     return None if output is None else output.root_tx.f_code
 
 
@@ -106,7 +103,7 @@ def compilation() -> object:
 
     None while Dynamo traces nothing.
     """
-    output = _tracer_output()
+    output = tracer_output()
     return None if output is None else output.dynamo_compile_id
 
 
@@ -116,7 +113,7 @@ def traced_module(identity: int) -> torch.nn.Module | None:
     Args:
         identity: the ``id()`` of the module.
     """
-    output = _tracer_output()
+    output = tracer_output()
     seen = {} if output is None else output.side_effects.id_to_variable
     module = getattr(seen.get(identity), "value", None)
     return module if isinstance(module, torch.nn.Module) else None
@@ -128,13 +125,13 @@ def trace_memory(make: Callable[[], T]) -> T:
     Args:
         make: makes it where the trace has none yet.
     """
-    memory: T = _tracer_output().__dict__.setdefault("_fxparam_memory", make())
+    memory: T = tracer_output().__dict__.setdefault("_fxparam_memory", make())
     return memory
 
 
 def latest_node() -> torch.fx.Node | None:
     """Return the last node of the graph that is traced; None in the body of a higher-order op."""
-    output = _tracer_output()
+    output = tracer_output()
     if output is None or output.current_tracer is not output.root_tracer:
         return None
     node: torch.fx.Node = output.graph._root.prev
@@ -169,7 +166,7 @@ def traced_torch_region() -> object:
     The same object in all of an outermost block, and another in the next as long as it is kept.
     None outside. torch binds a new dictionary for values at the end of such a block.
     """
-    output = _tracer_output()
+    output = tracer_output()
     if output is None:
         return None
     effects = output.side_effects
@@ -243,118 +240,9 @@ def _translators() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def traced_assignments(module: int) -> list[str]:
-    """Return what traced code has assigned to attributes of a module and its submodules.
-
-    Assigned tensors are left out, and values equal to those that were there. Dynamo performs
-    assignments only after the graph has run; until then they stand in its side effects.
-
-    Args:
-        module: the ``id()`` of the module.
-
-    Returns:
-        One text for each assignment, to be compared with that of another moment.
-    """
-    tensor = lookup("torch._dynamo.variables", "TensorVariable")
-    effects = _tracer_output().side_effects
-    root = effects.id_to_variable.get(module)
-    found: list[str] = []
-    for owner in root.value.modules() if root is not None else ():
-        variable = effects.id_to_variable.get(id(owner))
-        for name, value in effects.store_attr_mutations.get(variable, {}).items():
-            if not isinstance(value, tensor) and not _is_constant(value, held_as(owner, name)):
-                found.append(f"{id(owner)}.{name}={value!r}")
-    return found
-
-
-def traced_changes() -> Iterator[tuple[object, str, torch.fx.Node | None]]:
-    """Find what traced code has changed of objects that were there before it.
-
-    Dynamo makes changes only after the graph has run; until then they stand in its side effects.
-
-    Yields:
-        For each change the object, or Dynamo's variable for it; the name of the changed attribute
-        or key, empty if not known; the node of the tensor assigned, None if it is no tensor.
-    """
-    output = _tracer_output()
-    if output is None:
-        return
-    effects = output.side_effects
-    there: dict[int, object] = {}
-    for identity, variable in list(effects.id_to_variable.items()):
-        kind = type(variable.mutation_type).__name__
-        own_cell = getattr(variable, "local_name", None) in output.root_tx.f_code.co_cellvars
-        if kind == "NoneType" or kind.endswith("New") or own_cell:
-            continue
-        if not effects.is_modified(variable):
-            continue
-        there = there or {id(each): each for each in effects.keepalive}
-        owner = there.get(identity, variable)
-        values = effects.store_attr_mutations.get(variable) or _items_of(variable, owner)
-        if not values:
-            yield owner, "", None
-        for name, value in values.items():
-            if not _stands_for(value, held_as(owner, name)):
-                yield owner, name, node_of_variable(value)
-
-
-def held_as(owner: object, name: str) -> object:
-    """Return a dictionary's value under a key, or the value of an object's own attribute.
-
-    An object that is nothing else if there is none.
-    """
-    held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
-    return held.get(name, _MISSING)
-
-
-_MISSING = object()
-
-
-def _items_of(variable: Any, owner: object) -> dict[Any, Any]:
-    """Return the values of a changed dictionary by key.
-
-    Empty if the variable is no dictionary, or has other keys than the one that it stands for.
-    """
-    try:
-        items = {key.vt.as_python_constant(): value for key, value in variable.items.items()}
-    except (AttributeError, NotImplementedError):
-        return {}
-    return items if isinstance(owner, dict) and owner.keys() == items.keys() else {}
-
-
-def node_of_variable(variable: Any) -> torch.fx.Node | None:
-    """Return the node of one of Dynamo's variables; None if it stands for no tensor."""
-    tensor = isinstance(variable, lookup("torch._dynamo.variables", "TensorVariable"))
-    return variable.as_proxy().node if tensor else None
-
-
-def _stands_for(variable: Any, value: object) -> bool:
-    """Check whether a variable of Dynamo's stands for an object, or for an equal constant."""
-    if hasattr(variable, "is_realized") and not variable.is_realized():
-        return bool(variable.original_value() is value)
-    try:
-        own = getattr(variable, "value", variable)
-    except NotImplementedError:  # a list with a tensor in it
-        return False
-    return own is value or _is_constant(variable, value)
-
-
-def _is_constant(variable: Any, value: object) -> bool:
-    """Check whether one of Dynamo's variables stands for a constant that is written as ``value``.
-
-    Equal numbers may be others: 0.0 and -0.0, (1, 2) and (1.0, 2).
-    """
-    try:
-        constant = variable.as_python_constant() if variable.is_python_constant() else variable
-        same = type(constant) is type(value) and bool(constant == value)
-    except (NotImplementedError, RuntimeError):  # there is a tensor in it, though it says it is one
-        return False
-    return same and (constant is value or repr(constant) == repr(value))
-
-
 def traced_for() -> object:
     """Return the backend for which Dynamo is tracing, without torch's wrappers around it."""
-    backend = _tracer_output().compiler_fn
+    backend = tracer_output().compiler_fn
     seen: list[object] = []
     while backend is not None and backend not in seen:
         seen.append(backend)

@@ -26,7 +26,6 @@ from fxparam._torch.dynamo import (
     latest_node,
     local_module_of_traced_code,
     local_of_traced_code,
-    node_of_variable,
     trace_marks,
     trace_memory,
     trace_number,
@@ -40,6 +39,7 @@ from fxparam._torch.fx import (
     written_argument,
 )
 from fxparam._torch.names import inside_functorch
+from fxparam._torch.side_effects import node_of_variable
 from fxparam._torch.tensors import storage_of, version_of
 from fxparam.eager.classes import chain_of
 from fxparam.scopes.modes import ambient_mark

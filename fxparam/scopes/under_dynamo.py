@@ -27,13 +27,10 @@ from torch.nn.utils import parametrize
 from fxparam import marks
 from fxparam._torch.dynamo import (
     compilation,
-    held_as,
     is_in_traced_generator,
     restart_trace,
     trace_marks,
     trace_number,
-    traced_assignments,
-    traced_changes,
     traced_code,
     traced_for,
     traced_module,
@@ -42,6 +39,7 @@ from fxparam._torch.dynamo import (
 )
 from fxparam._torch.fx import written_argument
 from fxparam._torch.names import inside_functorch
+from fxparam._torch.side_effects import held_as, traced_assignments, traced_changes
 from fxparam.scopes.modes import ambient_mark
 
 __all__ = [

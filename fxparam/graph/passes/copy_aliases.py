@@ -1,9 +1,14 @@
-"""Operands of one call that show the same memory, which higher-order ops do not take.
+"""Operands of one call that higher-order ops do not take: they are copied.
 
 Sharing may make two operands one: ``scan(body, f(p), xs, [f(p)])``. torch refuses that for most
 ops, and for a region that several calls run it uses the graph traced for the call whose operands
 are one also for those whose operands are two, with wrong results (2.13). One of the two is copied:
 no evaluation, and the gradients of both are summed as before.
+
+A value that is shared in a ``cached()`` block may be written after a branch has read it. ``cond``
+and ``switch`` save all operands for backward, also those that no branch needs there, and raise
+"modified by an inplace operation" then (2.11 to 2.15). Eager code saves what the branch that ran
+needs. The branches read a copy, which nothing writes.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ __all__ = ["copy_aliases"]
 
 
 def copy_aliases(levels: list[Level]) -> set[GraphModule]:
-    """Copy computed operands that alias another operand of the same call.
+    """Copy computed operands that alias another operand, or that are written once a branch ran.
 
     Args:
         levels: every graph, with its effects as they are.
@@ -51,6 +56,9 @@ def _copy_aliases_of(context: Context) -> bool:
         nonlocal copied
         if node not in computed or not isinstance(value_of(node), Tensor):
             return node
+        if context.call.branches and _written_later(parent.tables, node, call):
+            copied = True
+            return _copy(node, call)
         if any(_aliases(table, node, seen, context.inner) for table in parent.tables):
             copied = True
             return _copy(node, call)
@@ -70,6 +78,12 @@ def _aliases(
     if any(body.written(storages) for body in bodies):
         return False
     return any(storages & table.of[other].storages for other in others)
+
+
+def _written_later(tables: list[EffectTable], node: Node, call: Node) -> bool:
+    return value_of(node).requires_grad and any(
+        table.written(table.of[node].storages, after=table.position[call]) for table in tables
+    )
 
 
 def _copy(node: Node, call: Node) -> Node:

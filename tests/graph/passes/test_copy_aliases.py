@@ -18,12 +18,13 @@ from torch.nn.utils.parametrize import register_parametrization
 import fxparam
 from fxparam.graph.passes.copy_aliases import copy_aliases
 from tests import helpers
+from tests.fuzz.pieces import cond
 from tests.graph.sketch import Sketch, levels, picture, text
 
 
 class _Squash(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ x)
+        return torch.sin(x @ x)  # whose result is not needed in backward
 
 
 class _Pair(nn.Module):
@@ -41,7 +42,7 @@ class _Pair(nn.Module):
 
 def _compare(body: Callable[..., Any], *, train: bool, inner: str = "aot_eager") -> Any:
     torch.compiler.reset()
-    model = _Pair(body)
+    model = fxparam.adopt(_Pair(body))
     twin = copy.deepcopy(model)
     x = torch.randn(3, 5, dtype=torch.float64)
     fx = fxparam.backend(inner)
@@ -158,6 +159,19 @@ def test_the_same_in_training(body: Callable[..., Any]) -> None:
     if body is _scan_carry:
         helpers.skip_unless_scans_train()
     _compare(body, train=True)
+
+
+def _written_after_a_branch(m: _Pair, x: Tensor) -> Tensor:
+    with fxparam.cached():
+        read = (lambda x: x + m.a.weight[0]), (lambda x: x - m.a.weight[0])
+        x = cond(x.sum() > 0, *read, x)  # neither branch needs the weight in backward
+        m.a.weight.mul_(1.5)
+        return m.a(x)
+
+
+@pytest.mark.filterwarnings("ignore:the value of the parametrized tensor")
+def test_a_value_that_is_written_once_a_branch_has_read_it() -> None:
+    _compare(_written_after_a_branch, train=True)
 
 
 def test_a_copy_is_no_evaluation() -> None:
