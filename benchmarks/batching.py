@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fxparam.lowering.householder import compact_wy
+
 __all__ = ["OPS", "main", "memory", "times"]
 
 SIDES = (8, 16, 32, 64, 128, 256)
@@ -42,7 +44,14 @@ def _householder(x: Tensor) -> Tensor:
     return torch.linalg.householder_product(a, 2 / (1 + (a * a).sum(-2)))
 
 
+def _reflectors(x: Tensor) -> Tensor:
+    a = x.tril(-1)
+    return compact_wy(a, 2 / (1 + (a * a).sum(-2)))
+
+
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "lowered matrix_exp": lambda x: torch.ops.fxparam.matrix_exp(_skew(x)),
+    "lowered householder_product": _reflectors,
     "matrix_exp": lambda x: torch.matrix_exp(_skew(x)),
     "householder_product": _householder,
     "solve": lambda x: torch.linalg.solve(_eye(x) - _skew(x), _eye(x) + _skew(x)),
@@ -117,10 +126,10 @@ def main(names: list[str]) -> None:
             (count, *times(OPS[name], side, count)) for count in COUNTS if count * side <= _ROWS
         ]
         row = "   ".join(f"{n}: {a:.2f} -> {b:.2f} ms ({b / a:.2f})" for n, a, b in found)
-        print(f"{name:20} {side:4}   {row}", flush=True)
+        print(f"{name:28} {side:4}   {row}", flush=True)
     for name in names or OPS:
         both, forward = memory(OPS[name])
-        print(f"{name:20} memory {both:.0f}, forward alone {forward:.0f} matrices")
+        print(f"{name:28} memory {both:.0f}, forward alone {forward:.0f} matrices")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from benchmarks.cases import (
     lipschitz,
     loops,
     recurrent,
+    stacks,
     wavenet,
 )
 from benchmarks.cases.case import Case, Size
@@ -23,6 +24,7 @@ _FILES = (
     critic,
     wavenet,
     flows,
+    stacks,
     albert,
     implicit,
     lipschitz,

@@ -122,4 +122,22 @@ CASES = [
         grows="layers",
         size=Size(layers=16, width=32, batch=64),
     ),
+    Case(
+        name="orthogonal-flow-wide",
+        about="the same with matrices of 128",
+        written=lambda size: Flow(size, SylvesterStep),
+        by_hand=lambda size: Flow(size, SylvesterStepByHand),
+        inputs=_points,
+        grows="layers",
+        size=Size(layers=16, width=128, batch=64),
+    ),
+    Case(
+        name="orthogonal-flow-many",
+        about="the same with 64 matrices",
+        written=lambda size: Flow(size, SylvesterStep),
+        by_hand=lambda size: Flow(size, SylvesterStepByHand),
+        inputs=_points,
+        grows="layers",
+        size=Size(layers=64, width=32, batch=64),
+    ),
 ]

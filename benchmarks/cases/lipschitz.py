@@ -51,4 +51,13 @@ CASES = [
         grows="layers",
         size=Size(layers=16, width=32, batch=64),
     ),
+    Case(
+        name="lipschitz-mlp-many",
+        about="the same with 64 weights",
+        written=LipschitzMLP,
+        by_hand=LipschitzMLP,
+        inputs=_points,
+        grows="layers",
+        size=Size(layers=64, width=32, batch=64),
+    ),
 ]

@@ -149,15 +149,28 @@ class Backend:
             autocast_now=True,
             max_bytes=self._max_bytes,
         )
-        if self._lower:
-            lowered = lower_ops(gm, grad_enabled=torch.is_grad_enabled(), autocast_now=True)
-            report = result.report.with_lowered(lowered)
-            result = replace(result, report=report, modified=result.modified or bool(lowered))
-        if self._batch:
-            result = batched(result, torch.is_grad_enabled(), self._max_bytes)
+        result = self._cheaper(result)
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
+
+    def _cheaper(self, result: HoistResult) -> HoistResult:
+        """Lower the ops of evaluations, and batch those that are the same computation."""
+        result = self._lowered(result)
+        if not self._batch:
+            return result
+        together = batched(result, torch.is_grad_enabled(), self._max_bytes)
+        # An op that is not worth lowering for one tensor may be for many.
+        return together if together.report.batches == () else self._lowered(together)
+
+    def _lowered(self, result: HoistResult) -> HoistResult:
+        if not self._lower:
+            return result
+        gm, enabled = result.graph_module, torch.is_grad_enabled()
+        lowered = lower_ops(gm, grad_enabled=enabled, autocast_now=True)
+        if not lowered:
+            return result
+        return replace(result, report=result.report.with_lowered(lowered), modified=True)
 
     def _give_up(self, error: PassFailedError) -> NoReturn:
         """Let Dynamo trace the present frame anew, to be compiled as it is; raise if strict."""
