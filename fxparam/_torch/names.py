@@ -57,6 +57,7 @@ __all__ = [
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_map",
+    "weight_norm_functions",
     "tree_unflatten",
     "unbacked_symbols",
 ]
@@ -107,6 +108,11 @@ assert_tensor_metadata: Any = lookup("torch", "ops").aten._assert_tensor_metadat
 # What torch.nn.utils.parametrizations.spectral_norm and weight_norm register.
 SpectralNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_SpectralNorm")
 WeightNormParametrization: Any = lookup("torch.nn.utils.parametrizations", "_WeightNorm")
+# The functions that weight norm calls.
+weight_norm_functions = (
+    lookup("torch", "_weight_norm"),
+    lookup("torch", "ops").aten._weight_norm.default,
+)
 # What torch.nn.utils.parametrizations.orthogonal registers, and the names of its maps.
 OrthogonalParametrization: Any = lookup("torch.nn.utils.parametrizations", "_Orthogonal")
 OrthogonalMaps: Any = lookup("torch.nn.utils.parametrizations", "_OrthMaps")

@@ -173,6 +173,8 @@ class _Batcher:
     def _batch(self, members: list[Computation]) -> Iterator[Batch]:
         """Let batches take the place of computations, and yield what became of them."""
         names = tuple(map(self._name, members))
+        if len({each.inputs for each in members}) == 1:  # evaluations that rules keep apart
+            return
         try:
             gain = self._gain(members)
             if gain is None:

@@ -21,16 +21,17 @@ from fxparam.marks import within_evaluation
 __all__ = ["inline"]
 
 
-def inline(node: Node, function: Callable[..., Tensor], arguments: Iterable[Node]) -> None:
+def inline(node: Node, function: Callable[..., Tensor], arguments: Iterable[Any]) -> None:
     """Put what a function computes in the place of a node, which is erased.
 
     Args:
         node: a call whose value is a fake tensor.
         function: returns a tensor, which a function of torch has made.
-        arguments: what it is called with: nodes before ``node`` in its graph.
+        arguments: what it is called with: nodes before ``node`` in its graph, and literals.
     """
-    nodes = {id(value_of(argument)): argument for argument in arguments}
-    values = [value_of(argument) for argument in arguments]
+    given = [(each, value_of(each) if isinstance(each, Node) else each) for each in arguments]
+    nodes = {id(value): each for each, value in given if isinstance(each, Node)}
+    values = [value for _, value in given]
     recorder = _Recorder(node, nodes)
     with node.graph.inserting_before(node), value_of(node).fake_mode, torch.enable_grad(), recorder:
         result = function(*values)

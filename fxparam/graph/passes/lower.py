@@ -4,9 +4,10 @@
 
     q = householder_product(a, t)  ->    v = tril(a) + eye; ...; q = eye - v @ solve_triangular(...)
 
-Run when the graphs are hoisted, before autograd: what is saved is mostly backward. An op is
-rewritten where a gradient is asked for; else torch's own forward stays. Under transforms of
-``torch.func`` it stays as well. The rest each rewrite says for itself (``graph/rewrites/``).
+Run when the graphs are hoisted, before autograd: what is saved is mostly backward. Where a rewrite
+gains in backward alone, an op is rewritten if a gradient is asked for; else torch's own forward
+stays. Under transforms of ``torch.func`` it stays as well. The rest each rewrite says for itself
+(``graph/rewrites/``).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from fxparam.graph.passes.inline import inline
 from fxparam.graph.rewrites.householder_product import HOUSEHOLDER_PRODUCT
 from fxparam.graph.rewrites.matrix_exp import MATRIX_EXP
 from fxparam.graph.rewrites.rewrite import Call, Rewrite
+from fxparam.graph.rewrites.weight_norm import WEIGHT_NORM
 
 __all__ = ["REWRITES", "Lowered", "lower"]
 
-REWRITES = (MATRIX_EXP, HOUSEHOLDER_PRODUCT)
+REWRITES = (MATRIX_EXP, HOUSEHOLDER_PRODUCT, WEIGHT_NORM)
 
 
 class Lowered(NamedTuple):
@@ -87,10 +89,14 @@ def lower(
 def _lowered(level: Level, node: Node, rewrite: Rewrite, autocast_now: bool) -> Lowered | None:
     """Rewrite a node, if it is a call of the rewrite's op and that is right."""
     arguments = rewrite.arguments(node)
-    if arguments is None or node not in level.derived.candidates or not _asks_for_gradients(node):
+    if arguments is None or node not in level.derived.candidates:
         return None
     modes = [table.of[node].modes for table in level.tables]
-    if any(may_transform(key) or not grad_may_be_enabled(key) for key in modes):
+    if any(map(may_transform, modes)):
+        return None
+    if rewrite.gains == "backward" and not (
+        _asks_for_gradients(node) and all(map(grad_may_be_enabled, modes))
+    ):
         return None
     call = Call(node, arguments, any(_may_autocast(key, node, autocast_now) for key in modes))
     if not rewrite.is_right(call):

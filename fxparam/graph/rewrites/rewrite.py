@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Rewrite:
         targets: functions, and names of methods, that call it.
         parameters: the names of its arguments, in order; a call with others is left alone.
         is_right: whether the form may take the place of a call.
-        form: a function of the same tensors, in order, whose calls of torch take its place.
+        form: a function of the same arguments, in order, whose calls of torch take its place.
+        gains: where it is cheaper.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Rewrite:
     parameters: tuple[str, ...]
     is_right: Callable[[Call], bool]
     form: Callable[..., Tensor]
+    gains: Literal["backward", "forward and backward"] = "backward"
 
     def arguments(self, node: Node) -> Arguments | None:
         """Return the arguments of a call of the op by name; None for a call of another kind."""
