@@ -31,7 +31,7 @@ _EVERY = 4
 def theme_of(seed: int) -> str:
     """The theme of a seed's program; none if it is general, or if the theme is off."""
     turn, rest = divmod(seed, _EVERY)
-    theme = list(THEMES)[turn % len(THEMES)]
+    theme = IN_TURN[turn % len(IN_TURN)]
     return theme if not rest and is_on(theme) else ""
 
 
@@ -42,8 +42,8 @@ def is_on(theme: str) -> bool:
 
 def seeds_of(theme: str, start: int = 0) -> Iterator[int]:
     """The seeds of the programs about a theme."""
-    round_ = _EVERY * len(THEMES)
-    first = _EVERY * list(THEMES).index(theme)
+    round_ = _EVERY * len(IN_TURN)
+    first = _EVERY * IN_TURN.index(theme)
     seed = start + (first - start) % round_
     while True:
         yield seed
@@ -192,6 +192,32 @@ def _overwritten(seed: int, rng: Random) -> Program:
     )
 
 
+def _held(seed: int, rng: Random) -> Program:
+    """Values that are held, and what ends that: writes, and other modes."""
+    kinds = ["Symmetric", "Softplus", "Scaled", "Bounded", "LowRank"]
+    holders = tuple(
+        Holder(
+            name,
+            api="fxparam",
+            chain=(Link(rng.choice(kinds), rng.randrange(100)),),
+            seed=rng.randrange(1000),
+        )
+        for name in rng.choice(["a", "ab"])
+    )
+    modes = {"no_grad": 40, "autocast": 20}
+    writes = {"write to an original": 25, "write to the value": 15}
+    return _program(
+        seed,
+        rng,
+        "held",
+        dtype=rng.choice(["float64", "float32"]),
+        grad=rng.random() < 0.8,
+        holders=holders,
+        weights={"cached": 40, "graph break": 30, **writes, **modes},
+        allows=lambda kind: kind in _STRAIGHT,
+    )
+
+
 THEMES: dict[str, Callable[[int, Random], Program]] = {
     "narrow": _narrow,
     "sizes": _sizes,
@@ -199,7 +225,10 @@ THEMES: dict[str, Callable[[int, Random], Program]] = {
     "recurrent": _recurrent,
     "switch": _switch,
     "overwritten": _overwritten,
+    "held": _held,
 }
+#: Those that seeds take turns with. Values are held in general programs of a scope too.
+IN_TURN = tuple(theme for theme in THEMES if theme != "held")
 
 
 _IS_ON: dict[str, Callable[[], bool]] = {
