@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import fxparam
@@ -56,6 +56,17 @@ def test_a_loop_equals_eager(kind: str, steps: int) -> None:
 @pytest.mark.parametrize("kind", OPS)
 def test_under_inductor(kind: str) -> None:
     check_against_eager(Loop(_wrap(kind), SIZE, 2), fxparam.backend(), X(), fullgraph=True)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_equals_eager(dim: int | None, inner: str) -> None:
+    layers = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+    model = nn.Sequential(*(weight_norm(layer, dim=dim) for layer in layers))
+    fx, x = fxparam.backend(inner), torch.randn(2, 4, dtype=torch.float64)
+    check_against_eager(model, fx, x)
+    assert _lowered(fx) == [(f"{i}.weight", ("weight_norm",)) for i in range(3)]
+    assert "batched" not in repr(fx.last_report)
 
 
 def test_lower_false_keeps_torchs_ops() -> None:

@@ -33,7 +33,8 @@ def _kept(v: Tensor, dim: int) -> list[int]:
 
 def _form(v: Tensor, g: Tensor, dim: int) -> Tensor:
     others = None if dim == -1 else [i for i in range(v.dim()) if i != dim]
-    return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
+    norms: Tensor = torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1)
+    return v * (g / norms)
 
 
 WEIGHT_NORM = Rewrite(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
@@ -116,6 +116,18 @@ def test_evaluations_of_different_tensors_are_one(name: str, inner: str) -> None
 
 def test_inductor_gives_what_eager_gives() -> None:
     check_against_eager(Layers(MAPS["orthogonal by Cayley"][0]), fxparam.backend(), inputs())
+
+
+def test_small_exponentials_are_lowered_together() -> None:
+    """A single one of 24 rows is torch's, as that is faster."""
+    pair, recorder = Pair(*torch.randn(2, 24, 24) / 24), Recorder("aot_eager")
+    x = torch.randn(2, 24)
+    torch.compiler.reset()
+    actual = torch.compile(pair, backend=fxparam.backend(recorder))(x)
+    torch.testing.assert_close(actual, pair(x))
+    (gm,) = recorder.graphs
+    assert recorder.exponentials == 1
+    assert torch.ops.fxparam.matrix_exp in {node.target for node in gm.graph.nodes}
 
 
 def test_the_report_names_them() -> None:
@@ -423,13 +435,10 @@ def test_spectral_norm_in_training_is_left_alone() -> None:
     assert recorder.count("stack") == 0
 
 
-@pytest.mark.parametrize("wrap", [weight_norm, Counting], ids=["weight_norm", "custom_op"])
-def test_an_op_without_a_batching_rule_is_named(wrap: Any) -> None:
+def test_an_op_without_a_batching_rule_is_named() -> None:
     def wrapped(layer: nn.Module) -> nn.Module:
-        if wrap is weight_norm:
-            return weight_norm(layer)
         exponential(layer)
-        return register_parametrization(layer, "weight", wrap())
+        return register_parametrization(layer, "weight", Counting())
 
     recorder = Recorder("eager")
     backend = fxparam.backend(recorder)

@@ -189,6 +189,48 @@ def test_shapes_that_torch_refuses_are_left_to_it() -> None:
     assert _lower(s.returns(s.evaluation(torch.linalg.householder_product, p, t))) == []
 
 
+def _normed(shape: tuple[int, ...], norms: tuple[int, ...], dim: int, *types: Any) -> GraphModule:
+    s = Sketch()
+    v, g = s.parameter("v", *shape), s.parameter("g", *norms)
+    v, g = (s.evaluation("to", n, *types) if types else n for n in (v, g))
+    return s.returns(s.call(torch.exp, s.evaluation(torch._weight_norm, v, g, dim)))
+
+
+def test_weight_norm_becomes_pointwise_operations() -> None:
+    assert_expected_inline(
+        picture(_normed((5, 3), (5, 1), 0), _lower),
+        """\
+def forward(self, v, g):
+_weight_norm = torch._weight_norm(v, g, 0)
+exp = torch.exp(_weight_norm)
+return (exp,)
+---
+def forward(self, v, g):
+linalg_vector_norm = torch._C._linalg.linalg_vector_norm(v, 2, [1], keepdim = True)
+div = g.div(linalg_vector_norm)
+mul = v.mul(div)
+exp = torch.exp(mul)
+return (exp,)""",
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_weight_norm_along_other_dimensions(enabled: bool) -> None:
+    for given in (((5, 3), (1, 3), 1), ((5, 3, 2), (1, 3, 1), 1)):
+        assert len(_lower(_normed(*given), grad_enabled=enabled)) == 1
+    s = Sketch()
+    v, g = s.parameter("v", 5, 3), s.call(torch.sum, s.parameter("g"))
+    gm = s.returns(s.evaluation(torch._weight_norm, v, g, -1))
+    assert len(_lower(gm, grad_enabled=enabled)) == 1
+
+
+@pytest.mark.parametrize(
+    "given", [((5, 5), (5,), 0), ((5,), (5,), 0), ((5, 3), (5, 1), 0, torch.bfloat16)]
+)
+def test_weight_norms_that_torch_computes_otherwise_are_left_to_it(given: Any) -> None:
+    assert _lower(_normed(*given)) == []
+
+
 def test_an_exponential_in_a_body() -> None:
     def body(inner: Sketch, p: Any) -> GraphModule:
         return inner.returns(inner.evaluation(torch.matrix_exp, p))
