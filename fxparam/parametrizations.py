@@ -44,10 +44,11 @@ class _Orthogonal(OrthogonalParametrization):  # type: ignore[misc]
         if self.orthogonal_map == OrthogonalMaps.cayley:
             value: Tensor = super().forward(x)
             return value
-        wide = x.shape[-2] < x.shape[-1]
+        m, n = x.shape[-2], x.shape[-1]  # of ``x``: of its transpose a tracer knows no sizes
+        wide = m < n
         tall = x.mT if wide else x
         reflected = self.orthogonal_map == OrthogonalMaps.householder
-        q = _reflected(tall) if reflected else _rotated(tall)
+        q = _reflected(tall) if reflected else _rotated(tall, max(m, n), min(m, n))
         if hasattr(self, "base"):
             q = self.base @ q
         return q.mT if wide else q
@@ -60,9 +61,8 @@ def _reflected(x: Tensor) -> Tensor:
     return q * x.diagonal(dim1=-2, dim2=-1).int().unsqueeze(-2)
 
 
-def _rotated(x: Tensor) -> Tensor:
-    """Return the first columns of the exponential of a skew-Hermitian matrix."""
-    n, k = x.shape[-2:]
+def _rotated(x: Tensor, n: int, k: int) -> Tensor:
+    """Return the first columns of the exponential of a skew-Hermitian matrix; ``x`` is n x k."""
     lower = x.tril()
     if n != k:
         lower = torch.nn.functional.pad(lower, (0, n - k))

@@ -143,6 +143,23 @@ def test_compiled_and_traced(case: str) -> None:
     assert not any("fxparam" in target for target in targets)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are compared, as in torch
+@pytest.mark.parametrize("map_", ["matrix_exp", "householder"])
+def test_a_wide_matrix_is_traced_as_torchs_is(map_: str) -> None:
+    layer = ours.orthogonal(nn.Linear(40, 34), orthogonal_map=map_)
+    x = torch.randn(2, 40)
+    torch.testing.assert_close(fxparam.symbolic_trace(layer)(x), layer(x))
+    traced = torch.jit.trace(layer, x)  # checks that a second trace is equal
+    assert "fxparam::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("map_", ["matrix_exp", "householder", "cayley"])
+def test_meta_tensors(map_: str) -> None:
+    layer = ours.orthogonal(nn.Linear(6, 4), orthogonal_map=map_).to("meta")
+    assert layer.weight.is_meta and layer.weight.shape == (4, 6)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_programs_hold_torchs_ops(strict: bool) -> None:
     layer = _made(ours, "exponential")

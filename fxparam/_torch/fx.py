@@ -110,6 +110,14 @@ def written_argument(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def may_have_own_backward(node: Node) -> bool:
+    """Check whether a call may be of what users registered a backward for, or of their own code."""
+    target = node.target
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return qualified_name(target).partition("::")[0] not in ("aten", "prims", "prim")
+    return node.op == "call_function" and not is_torch(node)
+
+
 def is_torch(node: Node) -> bool:
     """Check whether the target is torch's or Python's own: safe to run again on fakes."""
     target = node.target

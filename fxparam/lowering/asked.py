@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxparam._torch.names import tracing_state
+
 __all__ = ["asks_for_gradients"]
 
 
@@ -14,7 +16,8 @@ def asks_for_gradients(*tensors: Tensor) -> bool:
     False as well in code that is traced. What is compiled, the backend lowers, which knows more;
     exported programs hold torch's own ops.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    traced = torch.compiler.is_compiling() or tracing_state() is not None
+    if traced or not torch.is_grad_enabled():
         return False
     # A proxy of torch.fx is no tensor.
     plain = all(isinstance(tensor, Tensor) for tensor in tensors)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxparam.lowering.asked import asks_for_gradients
-from fxparam.lowering.precision import multiplies_exactly
+from fxparam.lowering.precision import is_autocast_enabled, multiplies_exactly
 
 __all__ = ["DTYPES", "compact_wy", "householder_product", "is_like_torch"]
 
@@ -47,7 +47,7 @@ def householder_product(a: Tensor, tau: Tensor) -> Tensor:
     """
     if not asks_for_gradients(a, tau) or not is_like_torch(a, tau):
         return torch.orgqr(a, tau)
-    if torch.is_autocast_enabled(a.device.type) or not multiplies_exactly(a.dtype, a.device):
+    if is_autocast_enabled(a.device) or not multiplies_exactly(a.dtype, a.device):
         return torch.orgqr(a, tau)
     return compact_wy(a, tau)
 
@@ -55,7 +55,7 @@ def householder_product(a: Tensor, tau: Tensor) -> Tensor:
 def is_like_torch(a: Tensor, tau: Tensor) -> bool:
     """Check whether torch takes these tensors too, or whether there is nothing to compute."""
     shaped = a.dim() > 1 and tau.shape[:-1] == a.shape[:-2] and a.shape[-2] >= a.shape[-1]
-    filled = shaped and 0 < tau.shape[-1] <= a.shape[-1]
+    filled = shaped and 0 < tau.shape[-1] <= a.shape[-1] and a.numel() > 0
     return filled and a.dtype == tau.dtype and a.dtype in DTYPES and a.device == tau.device
 
 

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-__all__ = ["multiplies_exactly", "without_autocast"]
+__all__ = ["is_autocast_enabled", "multiplies_exactly", "without_autocast"]
 
 _SINGLE = (torch.float32, torch.complex64)
 _EXACT = ("none", "ieee")
@@ -26,8 +26,19 @@ def multiplies_exactly(dtype: torch.dtype, device: torch.device) -> bool:
     return backend.matmul.fp32_precision in _EXACT
 
 
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Check whether operations on a device are cast; torch raises where none ever are.
+
+    >>> import torch
+    >>> is_autocast_enabled(torch.device("meta"))
+    False
+    """
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which products are made in the dtype of the matrices."""
-    if not torch.is_autocast_enabled(device.type):
+    if not is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

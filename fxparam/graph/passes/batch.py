@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
-from fxparam._torch.fx import copy_nodes
+from fxparam._torch.fx import copy_nodes, op_name
 from fxparam._torch.vmap import CannotBatch
 from fxparam.graph.analysis.computations import Computation, computations, key_of_computation
 from fxparam.graph.analysis.derived import derive, is_parameter
@@ -28,6 +28,7 @@ from fxparam.graph.analysis.gradients import ends_reached
 from fxparam.graph.analysis.held_bytes import held_bytes
 from fxparam.graph.analysis.nesting import inputs_kept_apart, levels_of
 from fxparam.graph.passes.batch_gains import Gain, gain_of
+from fxparam.graph.passes.copy_aliases import copy_aliases
 from fxparam.graph.passes.hoist import HoistResult
 from fxparam.graph.passes.vectorize import vectorize
 from fxparam.graph.report import Batch
@@ -98,12 +99,22 @@ class _Batcher:
     """
 
     def __init__(self, gm: GraphModule, grad_enabled: bool | None, max_bytes: float) -> None:
-        self.gm, self.max_bytes = gm, max_bytes
+        self.gm, self.max_bytes, self.grad_enabled = gm, max_bytes, grad_enabled
         self.table = analyze(gm, grad_enabled=grad_enabled, autocast_now=True)
         self.levels = levels_of(gm, self.table)
         self.entry = self.table.of[next(iter(gm.graph.nodes))].modes
         self.held = held_bytes(gm.graph)
         self.reached = ends_reached(gm.graph, self.table)
+        # ``w.as_strided(size, stride, 0)`` counts from the beginning of the memory of ``w``.
+        self.placed = frozenset[int]().union(
+            *(
+                table.of[node].reads
+                for level in self.levels
+                for table in level.tables
+                for node in table.of
+                if op_name(node).startswith("as_strided")
+            )
+        )
         self.place: dict[Node, float] = dict(self.table.position)
         self.now: dict[Node, Node] = {}
 
@@ -116,9 +127,17 @@ class _Batcher:
         result.modified = any(not made.refused for made in result.batches)
         if result.modified:
             result.apart = apart
+            self._copy_operands()
             self.gm.graph.lint()
             self.gm.recompile()
         return result
+
+    def _copy_operands(self) -> None:
+        """Copy operands of one loop or branch that are results of one batch."""
+        if len(self.levels) > 1:
+            table = analyze(self.gm, grad_enabled=self.grad_enabled, autocast_now=True)
+            for module in copy_aliases(levels_of(self.gm, table)):
+                module.recompile()
 
     def _groups(self, members: list[Computation]) -> Iterator[list[Computation]]:
         """Yield those that may become one, where the first of their results is."""
@@ -139,7 +158,8 @@ class _Batcher:
     def _may_be_moved(self, found: Computation) -> bool:
         """Check that a computation is the same elsewhere, and that nobody tells its results apart.
 
-        A result that is written, or leaves the graph, has memory of its own.
+        A result that is written, leaves the graph, or is read by its place in memory, has memory of
+        its own.
         """
         table = self.table
         return all(
@@ -149,7 +169,9 @@ class _Batcher:
             and not is_for_a_region_around(node)
             for node in found.nodes
         ) and not any(
-            is_the_value_written(table, node, node) or does_the_value_escape(table, node, node)
+            is_the_value_written(table, node, node)
+            or does_the_value_escape(table, node, node)
+            or table.of[node].storages & self.placed
             for node in found.results
         )
 

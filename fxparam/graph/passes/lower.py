@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import torch
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.effects import analyze
@@ -32,6 +31,7 @@ from fxparam.graph.rewrites.householder_product import HOUSEHOLDER_PRODUCT
 from fxparam.graph.rewrites.matrix_exp import MATRIX_EXP
 from fxparam.graph.rewrites.rewrite import Call, Rewrite
 from fxparam.graph.rewrites.weight_norm import WEIGHT_NORM
+from fxparam.lowering.precision import is_autocast_enabled
 
 __all__ = ["REWRITES", "Lowered", "lower"]
 
@@ -112,4 +112,4 @@ def _asks_for_gradients(node: Node) -> bool:
 
 def _may_autocast(modes: Hashable, node: Node, now: bool) -> bool:
     (value, *_) = tensors_in(value_of(node))
-    return may_autocast(modes) or not now or torch.is_autocast_enabled(value.device.type)
+    return may_autocast(modes) or not now or is_autocast_enabled(value.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
-from fxparam._torch.fx import copy_nodes
+from fxparam._torch.fx import copy_nodes, may_have_own_backward, op_name
 from fxparam._torch.vmap import CannotBatch, differentiates, fake_mode_of, trace_batched
 from fxparam.graph.analysis.computations import Computation
 from fxparam.graph.analysis.nodes import value_of
@@ -44,6 +44,7 @@ def vectorize(
         traced = trace_batched(function, fakes)
     with mode:
         _check(traced, members, seats)
+    _check_backwards(traced, members[0])
     return traced
 
 
@@ -79,6 +80,22 @@ def _check(
         raise CannotBatch("a value would have another dtype, or lie in memory in another way")
     if not differentiates(results, inputs):
         raise CannotBatch("an op of the batch has no derivative")
+
+
+def _check_backwards(batch: GraphModule, member: Computation) -> None:
+    """Check that what has a backward of its own is still called in the batch.
+
+    A batching rule that makes other calls would be differentiated in its place.
+
+    Raises:
+        CannotBatch: it is not.
+    """
+    if not any(value_of(node).requires_grad for node in member.results):
+        return
+    called = {op_name(node) for node in batch.graph.nodes}
+    for node in member.nodes:
+        if may_have_own_backward(node) and op_name(node) not in called:
+            raise CannotBatch(f"the batching rule of {op_name(node)} may have another backward")
 
 
 class _Propagation(Interpreter):

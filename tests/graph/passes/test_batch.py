@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fxparam
 from fxparam._torch.dynamo import lookup_backend
 from fxparam._torch.fx import op_name
+from tests.fuzz.pieces import cond, map_rows
 from tests.helpers import Counting, LowRank, MatrixExponential, RandomMask, check_against_eager
 
 SIZE = 3
@@ -210,6 +211,32 @@ def test_a_parametrized_original_is_batched_too() -> None:
     assert compiled_like_eager(Layers(wrap)).exponentials == 2
 
 
+def both_in_branches(layers: Any, x: Tensor) -> Tensor:
+    one, other = layers[0], layers[1]
+    return cond(x.sum() > 0, lambda h: other(one(h)), lambda h: one(h) - other(h), x)
+
+
+def both_in_a_loop(layers: Any, x: Tensor) -> Tensor:
+    return map_rows(lambda row: layers[1](torch.tanh(layers[0](row))), x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("program", [both_in_branches, both_in_a_loop])
+def test_a_body_that_reads_two_of_a_batch(program: Program, train: bool) -> None:
+    """torch takes no two operands on one memory; one of them is a copy."""
+    model, recorder = Layers(count=2, program=program), Recorder()
+    torch.compiler.reset()
+    with torch.set_grad_enabled(train):
+        actual = torch.compile(model, backend=fxparam.backend(recorder))(inputs())
+        expected = model(inputs())
+    torch.testing.assert_close(actual, expected)
+    if train:
+        originals = list(model.parameters())
+        found, wanted = (torch.autograd.grad(y.sum(), originals) for y in (actual, expected))
+        torch.testing.assert_close(found, wanted)
+    assert recorder.count("stack") == 1
+
+
 def test_what_left_checkpoints_is_batched() -> None:
     def twice(layers: nn.ModuleList, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -376,7 +403,13 @@ def one_detached(layers: Any, x: Tensor) -> Tensor:
     return x @ layers[0].weight.detach() @ layers[1].weight @ layers[2].weight
 
 
+def one_read_by_its_place(layers: Any, x: Tensor) -> Tensor:
+    first = layers[2].weight.mT.as_strided((SIZE, SIZE), (SIZE, 1), 0)
+    return x @ layers[0].weight @ layers[1].weight @ first
+
+
 KEPT: dict[str, tuple[Program, int]] = {
+    "a value is read by its place in memory": (one_read_by_its_place, 2),
     "one is read without gradients": (with_grad_off_for_one, 2),
     "an original is written in between": (original_written, 2),
     "a value is written": (value_written, 2),
@@ -448,6 +481,36 @@ def test_an_op_without_a_batching_rule_is_named() -> None:
     (found,) = backend.last_report.batches
     assert found.refused.endswith("has no batching rule")
     assert repr(backend.last_report).count("not batched: ") == 3
+
+
+@torch.library.custom_op("fxparam_tests::rounded", mutates_args=())
+def rounded(x: Tensor) -> Tensor:
+    return (8 * x).round() / 8
+
+
+rounded.register_fake(torch.empty_like)
+rounded.register_autograd(lambda ctx, gradient: gradient)  # straight through
+
+
+@rounded.register_vmap
+def _(info: Any, places: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+    return (8 * x).round() / 8, places[0]  # whose derivative is zero
+
+
+def test_a_batching_rule_has_not_the_backward_of_its_op() -> None:
+    class Rounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matrix_exp(rounded(x))
+
+    def wrap(layer: nn.Module) -> nn.Module:
+        return register_parametrization(layer, "weight", Rounded())
+
+    recorder = compiled_like_eager(Layers(wrap))
+    assert recorder.exponentials == 3
+    model, recorder = Layers(wrap), Recorder()
+    with torch.no_grad():
+        torch.compile(model, backend=fxparam.backend(recorder))(inputs())
+    assert recorder.exponentials == 1
 
 
 def test_tied_tensors_are_shared_and_not_batched() -> None:
