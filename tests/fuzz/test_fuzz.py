@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fxparam.graph.passes import batch
 from tests.fuzz import campaign, mutate, themes
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import Verdict, judge
@@ -63,6 +64,16 @@ def test_programs_in_a_scope_give_the_same_as_in_eager(scope: str) -> None:
             program = campaign.shrunk(tally.mismatches[-1])
             pytest.fail(f"{judgement.differences}\n\n{render(program)}")
     assert tally.verdicts[Verdict.SAME] >= tally.run / 2
+
+
+def test_programs_of_equal_evaluations_are_as_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    trace = batch.vectorize
+    monkeypatch.setattr(batch, "vectorize", lambda *given: batches.append(1) or trace(*given))
+    for seed in range(_SLICE):
+        program = themes.themed(seed, "alike")
+        assert judge(program).verdict is not Verdict.MISMATCH, render(program)
+    assert len(batches) >= _SLICE / 4
 
 
 @pytest.mark.parametrize("seed", (8001, 8025))

@@ -218,6 +218,28 @@ def _held(seed: int, rng: Random) -> Program:
     )
 
 
+def _alike(seed: int, rng: Random) -> Program:
+    """The same parametrizations of several tensors, which become one batch."""
+    first = rng.choice(["Exponential", "orthogonal", "cayley"])
+    kinds = rng.sample(["Symmetric", "Skew", "Scaled", "LowRank", "Transposed"], rng.choice([0, 1]))
+    kinds.insert(0 if first != "Exponential" else rng.randrange(len(kinds) + 1), first)
+    chain = tuple(Link(kind, rng.randrange(100)) for kind in kinds)
+    api = rng.choice(["torch", "fxparam"])
+    holders = tuple(
+        Holder(name, api=api, chain=chain, seed=rng.randrange(1000))
+        for name in rng.choice(["ab", "abc", "abc"])
+    )
+    return _program(
+        seed,
+        rng,
+        "alike",
+        dtype=rng.choice(["float64", "float64", "float32"]),
+        grad=rng.random() < 0.8,
+        holders=holders,
+        weights={"call": 60},
+    )
+
+
 THEMES: dict[str, Callable[[int, Random], Program]] = {
     "narrow": _narrow,
     "sizes": _sizes,
@@ -226,9 +248,10 @@ THEMES: dict[str, Callable[[int, Random], Program]] = {
     "switch": _switch,
     "overwritten": _overwritten,
     "held": _held,
+    "alike": _alike,
 }
-#: Those that seeds take turns with. Values are held in general programs of a scope too.
-IN_TURN = tuple(theme for theme in THEMES if theme != "held")
+#: Those that seeds take turns with; the others are asked for by name.
+IN_TURN = tuple(theme for theme in THEMES if theme not in ("held", "alike"))
 
 
 _IS_ON: dict[str, Callable[[], bool]] = {
