@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -103,6 +105,16 @@ def _points(size: Size) -> Inputs:
     return (torch.randn(size.batch, size.width),)
 
 
+_SYLVESTER = Case(
+    name="orthogonal-flow",
+    about="a Sylvester flow: many orthogonal matrices of one shape, each read twice",
+    written=lambda size: Flow(size, SylvesterStep),
+    by_hand=lambda size: Flow(size, SylvesterStepByHand),
+    inputs=_points,
+    grows="layers",
+    size=Size(layers=16, width=32, batch=64),
+)
+
 CASES = [
     Case(
         name="waveglow",
@@ -113,31 +125,17 @@ CASES = [
         grows="layers",
         size=Size(layers=16, width=64, batch=64),
     ),
-    Case(
-        name="orthogonal-flow",
-        about="a Sylvester flow: many orthogonal matrices of one shape, each read twice",
-        written=lambda size: Flow(size, SylvesterStep),
-        by_hand=lambda size: Flow(size, SylvesterStepByHand),
-        inputs=_points,
-        grows="layers",
-        size=Size(layers=16, width=32, batch=64),
-    ),
-    Case(
+    _SYLVESTER,
+    replace(
+        _SYLVESTER,
         name="orthogonal-flow-wide",
         about="the same with matrices of 128",
-        written=lambda size: Flow(size, SylvesterStep),
-        by_hand=lambda size: Flow(size, SylvesterStepByHand),
-        inputs=_points,
-        grows="layers",
         size=Size(layers=16, width=128, batch=64),
     ),
-    Case(
+    replace(
+        _SYLVESTER,
         name="orthogonal-flow-many",
         about="the same with 64 matrices",
-        written=lambda size: Flow(size, SylvesterStep),
-        by_hand=lambda size: Flow(size, SylvesterStepByHand),
-        inputs=_points,
-        grows="layers",
         size=Size(layers=64, width=32, batch=64),
     ),
 ]

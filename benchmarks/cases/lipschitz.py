@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -41,23 +43,22 @@ def _points(size: Size) -> Inputs:
     return (torch.randn(size.batch, size.width),)
 
 
+_LIPSCHITZ = Case(
+    name="lipschitz-mlp",
+    about="a control: many weights of one shape, read once as they are",
+    written=LipschitzMLP,
+    by_hand=LipschitzMLP,
+    inputs=_points,
+    grows="layers",
+    size=Size(layers=16, width=32, batch=64),
+)
+
 CASES = [
-    Case(
-        name="lipschitz-mlp",
-        about="a control: many weights of one shape, read once as they are",
-        written=LipschitzMLP,
-        by_hand=LipschitzMLP,
-        inputs=_points,
-        grows="layers",
-        size=Size(layers=16, width=32, batch=64),
-    ),
-    Case(
+    _LIPSCHITZ,
+    replace(
+        _LIPSCHITZ,
         name="lipschitz-mlp-many",
         about="the same with 64 weights",
-        written=LipschitzMLP,
-        by_hand=LipschitzMLP,
-        inputs=_points,
-        grows="layers",
         size=Size(layers=64, width=32, batch=64),
     ),
 ]
