@@ -1,6 +1,6 @@
 """What an evaluation costs per map and size, backward included, and its errors: torch's and ours.
 
-    python -m benchmarks.maps
+    python -m benchmarks.maps [--plot IMAGE]
 
 Times are the smallest of some runs, in one process on one thread, in milliseconds: of matrices one
 by one, as a compiled graph runs them. Errors are those of value and gradient in float32 against
@@ -9,8 +9,12 @@ float64, relative to their norms.
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +24,27 @@ from fxparam.lowering.householder import compact_wy
 __all__ = ["main"]
 
 _Map = Callable[..., Tensor]
+
+
+class _Figures(NamedTuple):
+    milliseconds: float
+    value: float
+    gradient: float
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds:.2f} | {self.value:.1e} | {self.gradient:.1e}"
+
+
+class _Row(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    torch: _Figures
+    ours: _Figures
+
+    def __str__(self) -> str:
+        return f"| {self.name} {'x'.join(map(str, self.shape))} | {self.torch} | {self.ours} |"
+
+
 _RUNS = 9
 
 
@@ -52,16 +77,16 @@ def _fastest(run: Callable[[], object]) -> float:
     return min(times) * 1e3
 
 
-def _row(name: str, theirs: _Map, ours: _Map, inputs: tuple[Tensor, ...]) -> str:
+def _measured(name: str, theirs: _Map, ours: _Map, inputs: tuple[Tensor, ...]) -> _Row:
     cotangent = torch.randn_like(theirs(*inputs))
     exact = _step(_exact(theirs), tuple(x.double() for x in inputs), cotangent.double())
-    cells = [f"{name} {'x'.join(map(str, inputs[0].shape))}"]
+    figures = []
     for function in (theirs, ours):
         found = _step(function, inputs, cotangent)
         errors = (float((x - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True))
-        elapsed = _fastest(lambda f=function: _step(f, inputs, cotangent))
-        cells += [f"{elapsed:.2f}", *(f"{error:.1e}" for error in errors)]
-    return f"| {' | '.join(cells)} |"
+        elapsed = _fastest(partial(_step, function, inputs, cotangent))
+        figures.append(_Figures(elapsed, *errors))
+    return _Row(name, tuple(inputs[0].shape), *figures)
 
 
 def _exact(function: _Map) -> _Map:
@@ -72,21 +97,57 @@ def _exact(function: _Map) -> _Map:
     return lambda *inputs: function(*(torch.stack([x, x]) for x in inputs))[0]
 
 
-def main() -> None:
-    """Print the table of docs/rules.md."""
+def _rows() -> Iterator[_Row]:
+    for n in (16, 32, 64, 128, 256, 512):
+        yield _measured("exponential, skew", torch.matrix_exp, _exponential, _skew(n, 0.1))
+    for n in (32, 128):
+        yield _measured("exponential, small skew", torch.matrix_exp, _exponential, _skew(n, 0.002))
+    for n in (32, 128):
+        given = (torch.randn(n, n) * 0.1,)
+        yield _measured("exponential", torch.matrix_exp, _exponential, given)
+    for shape in ((16, 16), (64, 64), (64, 32), (128, 64), (256, 128), (512, 256)):
+        yield _measured("reflectors", torch.orgqr, compact_wy, _reflectors(*shape))
+
+
+def _draw(rows: list[_Row], path: Path) -> None:
+    """Draw cost and error against size, a column for each map of which more sizes were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_map = {row.name: [r for r in rows if r.name == row.name] for row in rows}
+    maps = {name: found for name, found in by_map.items() if len(found) > 2}
+    figure, axes = pyplot.subplots(2, len(maps), squeeze=False, figsize=(5 * len(maps), 7))
+    for column, (name, found) in zip(axes.T, maps.items(), strict=True):
+        sizes = ["x".join(map(str, row.shape)) for row in found]
+        for who, color in (("torch", "tab:orange"), ("ours", "tab:blue")):
+            figures = [getattr(row, who) for row in found]
+            column[0].plot(sizes, [f.milliseconds for f in figures], "o-", color=color, label=who)
+            column[1].plot(sizes, [f.value for f in figures], "o--", color=color)
+            column[1].plot(sizes, [f.gradient for f in figures], "o-", color=color)
+        column[0].set(title=name, yscale="log", ylabel="forward and backward, ms")
+        column[1].set(yscale="log", ylabel="relative error: value (dashed), gradient")
+        column[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table of docs/rules.md; draw it where ``--plot`` says."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.maps")
+    parser.add_argument("--plot", type=Path, help="an image to draw; needs matplotlib")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| map | torch | value | gradient | ours | value | gradient |")
     print("|---|---|---|---|---|---|---|")
-    for n in (16, 32, 64, 128, 256, 512):
-        print(_row("exponential, skew", torch.matrix_exp, _exponential, _skew(n, 0.1)))
-    for n in (32, 128):
-        print(_row("exponential, small skew", torch.matrix_exp, _exponential, _skew(n, 0.002)))
-    for n in (32, 128):
-        given = (torch.randn(n, n) * 0.1,)
-        print(_row("exponential", torch.matrix_exp, _exponential, given))
-    for shape in ((16, 16), (64, 64), (64, 32), (128, 64), (256, 128), (512, 256)):
-        print(_row("reflectors", torch.orgqr, compact_wy, _reflectors(*shape)))
+    rows = []
+    for row in _rows():
+        rows.append(row)
+        print(row, flush=True)
+    if options.plot:
+        _draw(rows, options.plot)
 
 
 if __name__ == "__main__":
