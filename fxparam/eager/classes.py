@@ -30,7 +30,6 @@ from fxparam.eager.pickling import KEY, reduce_method, setstate_method
 from fxparam.eager.reset import reset_parameters
 
 __all__ = [
-    "EvaluationError",
     "chain_of",
     "chains_of",
     "is_made_by_torch",
@@ -205,7 +204,8 @@ def _read(module: Module, name: str, chain: Module, traced: bool) -> Tensor:
         traced: whether Dynamo is tracing the code.
 
     Raises:
-        EvaluationError: if a parametrization raises an AttributeError.
+        RuntimeError: if a parametrization raises an AttributeError, which is its cause: Python
+            takes an AttributeError of a property for a missing attribute.
     """
     # Apart from the property: torch.jit.script, which is to be refused there, parses no ``try``.
     try:
@@ -213,7 +213,10 @@ def _read(module: Module, name: str, chain: Module, traced: bool) -> Tensor:
             return reading.present().traced_value(chain)
         return reading.present().value(chain, name)
     except AttributeError as error:
-        raise EvaluationError(module, name, error) from error
+        # Dynamo traces the making of no other class of errors.
+        raise RuntimeError(
+            f"evaluating {type(module).__name__}.{name} raised an AttributeError: {error}"
+        ) from error
 
 
 def _is_ours(attribute: object) -> bool:
@@ -227,19 +230,6 @@ def _stored(module: Module, name: str) -> Any:
             return store[name]
     # Python now asks the class's __getattr__, as it does for any name it has not found.
     raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
-
-
-class EvaluationError(RuntimeError):
-    """A parametrization raised an AttributeError.
-
-    Python takes an AttributeError of a property for a missing attribute, and would say that the
-    module has no attribute ``weight``. The error itself is the cause of this one.
-    """
-
-    def __init__(self, module: Module, name: str, error: AttributeError) -> None:
-        super().__init__(
-            f"evaluating {type(module).__name__}.{name} raised an AttributeError: {error}"
-        )
 
 
 class _Plain:

@@ -13,13 +13,16 @@ upstream issue was found. ``tests/graph/torch_bugs/test_branch_gradients.py`` sh
 
 What we do: an operand is read through views in each branch that was changed. ::
 
-    w.permute(order).reshape(-1).reshape(shape).permute(back)
+    w.permute(order).reshape(-1).narrow(0, 0, numel).reshape(shape).permute(back)
 
-The backward of these views gives the gradient the strides of the operand. They copy nothing, as the
+The backward of these views gives the gradient the strides of the operand; that of ``narrow`` copies
+it, as a gradient may be one number at every place (``w.sum()``). They copy nothing forward, as the
 first ``permute`` makes a dense operand contiguous. A ``cond`` that we do not change stays as it is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -46,17 +49,19 @@ def with_gradient_laid_out_alike(operand: Node) -> Node:
         return operand
     back = tuple(order.index(i) for i in range(len(order)))
     seen, last = operand, operand.graph.find_nodes(op="placeholder")[-1]
-    for method, argument in (
-        ("permute", tuple(order)),
-        ("reshape", (-1,)),
-        ("reshape", tuple(sizes[i] for i in order)),
-        ("permute", back),
-    ):
-        if method == "permute" and argument == tuple(range(len(argument))):
+    views: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("permute", (tuple(order),)),
+        ("reshape", ((-1,),)),
+        ("narrow", (0, 0, value.numel())),
+        ("reshape", (tuple(sizes[i] for i in order),)),
+        ("permute", (back,)),
+    )
+    for method, arguments in views:
+        if method == "permute" and arguments == (tuple(range(len(order))),):
             continue
-        value = getattr(value, method)(argument)
+        value = getattr(value, method)(*arguments)
         with operand.graph.inserting_after(last):
-            seen = last = operand.graph.call_method(method, (seen, argument))
+            seen = last = operand.graph.call_method(method, (seen, *arguments))
         seen.meta = {**meta_with(operand, value), _LAID_OUT: True}
     return seen
 

@@ -85,6 +85,23 @@ def test_a_value_moved_out_of_branches_trains(sign: int) -> None:
     assert helpers.counted(lambda: compiled(x).sum().backward()) == (1, 1)
 
 
+def test_a_gradient_that_is_one_number_at_every_place() -> None:
+    class Sums(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            def evaluated() -> Tensor:
+                return torch.sinh(self.weight)
+
+            return torch.cond(
+                x.sum() > 0, lambda x: x @ evaluated(), lambda x: x - evaluated().sum(), (x,)
+            )
+
+    for sign in (1, -1):
+        x = sign * torch.rand(3, 3, dtype=torch.float64)
+        backend = fxparam.backend("aot_eager")
+        helpers.check_against_eager(Sums(), backend, x)
+        assert backend.last_report is not None and backend.last_report.merged > 0
+
+
 def _laid_out(value: Tensor) -> tuple[GraphModule, bool]:
     """Return a graph that reads an operand as a branch would, and whether it has views for it."""
     graph = Graph()
@@ -103,7 +120,8 @@ def test_the_gradient_has_the_strides_of_the_operand(strides: tuple[int, int, in
     assert changed
     out = gm(value)
     assert torch.equal(out, value)
-    for cotangent in (torch.randn(2, 3, 4), torch.randn(4, 3, 2).permute(2, 1, 0)):
+    one = torch.randn(1).expand(2, 3, 4)  # as of a sum
+    for cotangent in (torch.randn(2, 3, 4), torch.randn(4, 3, 2).permute(2, 1, 0), one):
         (gradient,) = torch.autograd.grad(out, value, cotangent, retain_graph=True)
         assert gradient.stride() == value.stride()
         assert torch.equal(gradient, cotangent)
