@@ -117,7 +117,10 @@ class Report:
         ops: dict[str, dict[str, int | None]] = {}
         for name, op, runs in lowered:
             ops.setdefault(name, {})[op] = runs
-        entries = [replace(entry, lowered=tuple(ops.pop(entry.name, ()))) for entry in self.entries]
+        entries = [
+            replace(entry, lowered=(*entry.lowered, *ops.pop(entry.name, ())))
+            for entry in self.entries
+        ]
         for name, found in ops.items():
             runs = next(iter(found.values()))
             entries.append(Entry(name, (), 1, 1, runs, runs, lowered=tuple(found)))

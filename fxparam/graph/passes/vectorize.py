@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from fxparam._torch.fx import copy_nodes, may_have_own_backward, op_name
+from fxparam._torch.names import OpOverload, OpOverloadPacket, qualified_name
 from fxparam._torch.vmap import CannotBatch, differentiates, fake_mode_of, trace_batched
 from fxparam.graph.analysis.computations import Computation
 from fxparam.graph.analysis.nodes import value_of
@@ -92,10 +93,17 @@ def _check_backwards(batch: GraphModule, member: Computation) -> None:
     """
     if not any(value_of(node).requires_grad for node in member.results):
         return
-    called = {op_name(node) for node in batch.graph.nodes}
+    # By their namespaces too: a rule of ``mine::mul`` may well call ``aten::mul``.
+    called = {_called(node) for node in batch.graph.nodes}
     for node in member.nodes:
-        if may_have_own_backward(node) and op_name(node) not in called:
+        if may_have_own_backward(node) and _called(node) not in called:
             raise CannotBatch(f"the batching rule of {op_name(node)} may have another backward")
+
+
+def _called(node: Node) -> object:
+    """Return the full name of the op that a node calls, or what else it calls."""
+    is_op = isinstance(node.target, (OpOverload, OpOverloadPacket))
+    return qualified_name(node.target) if is_op else node.target
 
 
 class _Propagation(Interpreter):

@@ -131,6 +131,22 @@ def test_small_exponentials_are_lowered_together() -> None:
     assert torch.ops.fxparam.matrix_exp in {node.target for node in gm.graph.nodes}
 
 
+def test_what_was_lowered_before_stays_in_the_report() -> None:
+    class Large(Pair):
+        def __init__(self) -> None:
+            super().__init__(*torch.randn(2, 24, 24) / 24)
+            self.large = nn.Parameter(torch.randn(40, 40) / 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.matrix_exp(self.large).sum()
+
+    torch.compiler.reset()
+    backend = fxparam.backend("eager")
+    torch.compile(Large(), backend=backend)(torch.randn(2, 24))
+    assert backend.last_report is not None
+    assert sum(entry.lowered == ("matrix_exp",) for entry in backend.last_report.entries) == 2
+
+
 def test_the_report_names_them() -> None:
     backend = fxparam.backend("eager")
     torch.compile(Layers(), backend=backend)(inputs())
@@ -483,7 +499,8 @@ def test_an_op_without_a_batching_rule_is_named() -> None:
     assert repr(backend.last_report).count("not batched: ") == 3
 
 
-@torch.library.custom_op("fxparam_tests::rounded", mutates_args=())
+# Its name is that of an op which its rule calls.
+@torch.library.custom_op("fxparam_tests::round", mutates_args=())
 def rounded(x: Tensor) -> Tensor:
     return (8 * x).round() / 8
 
