@@ -1,7 +1,8 @@
 """Where a batch of evaluations is faster than one after the other: measured, by op and size.
 
 ``python -m benchmarks.batching`` measures it: forward and backward of as many matrices one by one,
-and stacked. On a CPU with one thread, torch 2.13, the batch takes, as a multiple of one by one:
+and stacked. On a CPU with one thread, torch 2.13, the batch takes, as a multiple of one by one (the
+first two rows were measured beside other work):
 
     op                    2 of 32   8 of 32   2 of 64   8 of 64   8 of 128   8 of 256
     lowered matrix_exp       0.52      0.24      0.67      0.36       0.62       0.92
