@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -18,7 +19,7 @@ from fxparam.scopes import under_dynamo
 from fxparam.scopes.modes import ambient_mark
 from fxparam.scopes.reading import training_modes
 from fxparam.scopes.snapshot import Snapshot
-from fxparam.scopes.store import current, read
+from fxparam.scopes.store import Evaluate, Reader, current, known_for, read_all
 
 __all__ = ["FirstReaders", "with_values_of_region"]
 
@@ -31,8 +32,8 @@ def with_values_of_region(
     """Return a backend that lets ``inner`` compile the graph without the region's evaluations.
 
     The region has their values, or evaluates once, in front of the graph. The first graph that
-    reads a tensor has its evaluation compiled for that. What the backend compiles is called with
-    the inputs of the graph as it was.
+    reads tensors has their evaluations compiled for that, those without effects as one. What the
+    backend compiles is called with the inputs of the graph as it was.
 
     Args:
         gm: a hoisted graph of Dynamo's.
@@ -47,36 +48,70 @@ def with_values_of_region(
     region = current()
     frozen = region is not None and region.outlives_calls and not torch.is_grad_enabled()
     try:
-        rest, outside = take_outside(gm, grad_enabled=torch.is_grad_enabled(), static=frozen)
+        rest, outside, alone = take_outside(gm, grad_enabled=torch.is_grad_enabled(), static=frozen)
         chains = all_of(partial(_chain_of, each, inputs) for each in outside)
     except CannotTakeOut as refused:
         under_dynamo.keep_out_of_graphs(*refused.chains)
         restart_trace(str(refused))
     _log.info("%d values are those of the cached() region around the graph", len(outside))
 
-    def evaluation(each: TakenOut, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = inner(each.graph, inputs)
+    def evaluation(group: list[int], inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = inner(alone(group), inputs)
         # A CUDA graph writes its results to the same memory when it is run again.
-        return _copied(compiled) if frozen and each.value.is_cuda else compiled
+        copied = frozen and any(outside[i].value.is_cuda for i in group)
+        return _copied(compiled) if copied else compiled
+
+    def evaluate(group: list[int], compute: Callable[..., Any], args: Sequence[Any]) -> Evaluate:
+        reads = [outside[i].read_by(args) for i in group]
+        return Evaluate(partial(compute, *args), reads, outside[group[0]].additive)
 
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = inner(rest, [*inputs, *(each.value for each in outside)])
-        held = [
-            (ref(chain), evaluation(each, inputs) if first.include(chain, each) else None)
-            for chain, each in zip(chains, outside, strict=True)
+        compiled: Callable[..., Any] = inner(rest, [*inputs, *(each.value for each in outside)])
+        if not outside:
+            return compiled
+        own = list(map(first.include, chains, outside))
+        groups = [
+            (group, evaluation(group, inputs) if own[group[0]] else None)
+            for group in _groups(outside, own)
         ]
+        held = [ref(chains[i]) for group, _ in groups for i in group]
+        order = [i for group, _ in groups for i in group]
+        places = [order.index(i) for i in range(len(order))]
+        graph = Reader([not outside[i].returned for i in order])
 
         def run(*args: Any) -> Any:
-            values = []
-            for chain, compute in held:
-                evaluate = partial(_only, compute, args) if compute is not None else None
-                # Dynamo's guards, on which this runs, hold the identity of the lists.
-                values.append(read(chain(), evaluate=evaluate))  # type: ignore[arg-type]
-            return compiled(*args, *values)
+            # Dynamo's guards, on which this runs, hold the identity of the lists.
+            lists: list[Any] = [each() for each in held]
+            values = known_for(graph, lists)
+            if values is None:
+                each = iter(lists)
+                values = read_all(
+                    graph,
+                    [
+                        ([next(each) for _ in group], compute and evaluate(group, compute, args))
+                        for group, compute in groups
+                    ],
+                )
+            return compiled(*args, *(values[i] for i in places))
 
         return run
 
     return compile
+
+
+def _groups(outside: list[TakenOut], own: list[bool]) -> Iterator[list[int]]:
+    """Yield which evaluations run as one, in order.
+
+    Those without effects do, between others with effects, if this frame has them compiled. A
+    gradient comes to all of them from the same ends of the graph.
+    """
+    for _, run in itertools.groupby(range(len(outside)), lambda i: (outside[i].pure, own[i])):
+        together: dict[object, list[int]] = {}
+        for i in run:
+            each = outside[i]
+            key = (each.additive, each.ends) if each.pure and own[i] else i
+            together.setdefault(key, []).append(i)
+        yield from together.values()
 
 
 class FirstReaders:
@@ -100,12 +135,6 @@ def _copied(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: tuple(each.clone() for each in compiled(*args))
 
 
-def _only(evaluation: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Return the one result of a compiled graph."""
-    (value,) = evaluation(*args)
-    return value
-
-
 def _chain_of(outside: TakenOut, inputs: Sequence[Any]) -> Module:
     """Return the list of an evaluation, if reading it before the graph gives the same value.
 
@@ -119,7 +148,6 @@ def _chain_of(outside: TakenOut, inputs: Sequence[Any]) -> Module:
     if outside.training != training_modes(chain) or outside.modes != ambient_mark():
         raise CannotTakeOut((outside.chain, "modes are switched before it"))
     own = {id(held) for held in Snapshot(chain).objects}
-    read = (*(inputs[i] for i in outside.inputs), *outside.attributes)
-    if not all(id(value) in own for value in read):
+    if not all(id(value) in own for value in outside.read_by(inputs)):
         raise CannotTakeOut((outside.chain, "it is computed from more than its list holds"))
     return chain

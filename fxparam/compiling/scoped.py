@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch.nn import Module
 
-from fxparam.scopes.frozen import FrozenValues, frozen_call
+from fxparam.scopes import store
+from fxparam.scopes.frozen import FrozenValues, region_of_call
 from fxparam.scopes.models import adopt_models
 from fxparam.scopes.region import cached
 
@@ -19,8 +20,8 @@ __all__ = ["SCOPES", "in_scope"]
 class _Call:
     """Each call is a region."""
 
-    def __call__(self) -> AbstractContextManager[None]:
-        return cached()
+    def __call__(self) -> store.Entered:
+        return store.begin()
 
 
 class _Frozen:
@@ -29,12 +30,12 @@ class _Frozen:
     def __init__(self) -> None:
         self._values = FrozenValues()
 
-    def __call__(self) -> AbstractContextManager[None]:
-        return frozen_call(self._values)
+    def __call__(self) -> store.Entered:
+        return store.begin_in(region_of_call(self._values))
 
 
-#: For each scope longer than a graph, what makes it: returns the context of one call.
-SCOPES: dict[str, Callable[[], Callable[[], AbstractContextManager[None]]]] = {
+#: For each scope longer than a graph, what makes it: begins the region of one call.
+SCOPES: dict[str, Callable[[], Callable[[], store.Entered]]] = {
     "call": _Call,
     "frozen": _Frozen,
 }
@@ -49,11 +50,11 @@ def in_scope(compiled: Any, scope: str, models: tuple[Module, ...]) -> Any:
         models: modules whose parametrizations are made ours.
     """
     adopt_models(models)
-    context = SCOPES[scope]()
+    begin = SCOPES[scope]()
     if isinstance(compiled, Module):
         model: Any = compiled._orig_mod
-        return type(compiled)(model, _InScope(compiled.dynamo_ctx, context))
-    return _calls_in(context, compiled)
+        return type(compiled)(model, _InScope(compiled.dynamo_ctx, begin))
+    return _calls_in(begin, compiled)
 
 
 class _InScope:
@@ -62,11 +63,11 @@ class _InScope:
     torch keeps it with the compiled module, and makes copies of the module with copies of it.
     """
 
-    def __init__(self, compiler: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
-        self._compiler, self._context = compiler, context
+    def __init__(self, compiler: Any, begin: Callable[[], store.Entered]) -> None:
+        self._compiler, self._begin = compiler, begin
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _calls_in(self._context, self._compiler(function))
+        return _calls_in(self._begin, self._compiler(function))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_compiler":  # copies ask before there is one
@@ -75,11 +76,18 @@ class _InScope:
 
 
 def _calls_in(
-    context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]
+    begin: Callable[[], store.Entered], function: Callable[..., Any]
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with context():
+        if torch.compiler.is_dynamo_compiling():  # in the graph of a model around
+            with cached():
+                return function(*args, **kwargs)
+        # No context manager of Python's: it would cost as much as to find the values of a call.
+        begun = begin()
+        try:
             return function(*args, **kwargs)
+        finally:
+            store.end(begun)
 
     return call

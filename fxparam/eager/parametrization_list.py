@@ -181,14 +181,16 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
             raise RuntimeError("Parametrization is not working with scripting.")
         if self.disabled:
             return self.original
+        # By key, as the modules after the parametrizations are those of nested originals; and not
+        # by index, for which Dynamo traces three functions and guards that none was exchanged.
+        steps: Any = self._modules
         if self.is_tensor:
-            value = self[0](self.original)
+            value = steps["0"](self.original)
         else:
-            value = self[0](*[getattr(self, f"original{i}") for i in range(self.ntensors)])
-        # By key, as the modules after the parametrizations are those of nested originals.
+            value = steps["0"](*[getattr(self, f"original{i}") for i in range(self.ntensors)])
         index = 1
-        while str(index) in self._modules:
-            value = self[index](value)
+        while str(index) in steps:
+            value = steps[str(index)](value)
             index += 1
         return value  # type: ignore[no-any-return]
 

@@ -89,7 +89,7 @@ def _check_inference(model: Module) -> None:
 
 
 def _value(chain: Module, name: str) -> Tensor:
-    value, pure = evaluate_noting_effects(chain, chain, state_of(chain))
+    (value,), (pure,) = evaluate_noting_effects([chain], lambda: [chain()], [state_of(chain)])
     if not pure or not isinstance(value, Tensor):
         raise RuntimeError(
             "fxparam.frozen(drop_originals=True) replaces tensors by their values.\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -17,9 +18,8 @@ from fxparam.scopes.dropped import without_originals
 from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.models import adopt_models, lists_in
 from fxparam.scopes.purity import evaluate_noting_effects
-from fxparam.scopes.region import cached
 
-__all__ = ["FrozenValues", "frozen", "frozen_call", "invalidate"]
+__all__ = ["FrozenValues", "frozen", "invalidate", "region_of_call"]
 
 
 class FrozenValues(Values):
@@ -85,25 +85,32 @@ class FrozenRegion(store.Region):
             held = self._of_call.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(self, evaluation: store.Evaluation) -> Tensor:
-        """Return a new value, and hold it for as long as it is right."""
-        chain, name, modes, run = evaluation
-        before = state_of(chain)
+    @property
+    def noting(self) -> Values | None:
+        """What holds the values of present modes; None where nothing does."""
+        return self._of_call if torch.is_grad_enabled() else self._frozen
+
+    def keep(self, new: store.Evaluations) -> Sequence[Tensor]:
+        """Return new values, and hold them for as long as they are right."""
+        before = list(map(state_of, new.chains))
+        run = partial(self.evaluate, new)
         if torch.is_grad_enabled():
             self._frozen.say("whose gradients are recorded: use torch.no_grad()")
-            value, pure = run(), False
+            values, pure = run(), [False] * len(before)
         else:
-            value, pure = evaluate_noting_effects(chain, run, before)
-            if not pure:
+            values, pure = evaluate_noting_effects(new.chains, run, before)
+            if not all(pure):
+                name = new.names[pure.index(False)]
                 self._frozen.say(
                     f"whose evaluations write tensors or draw random numbers: '{name}'"
                 )
-        if pure:
-            # The state from before: another thread may have written by now.
-            self._frozen.keep(chain, value, modes, before)
-        elif self._of_call is not None:
-            self._of_call.keep(chain, value, modes, state_of(chain))
-        return value
+        for chain, value, is_pure, was in zip(new.chains, values, pure, before, strict=True):
+            if is_pure:
+                # The state from before: another thread may have written by now.
+                self._frozen.keep(chain, value, new.modes, was)
+            elif self._of_call is not None:
+                self._of_call.keep(chain, value, new.modes, state_of(chain))
+        return values
 
     def forget(self, chain: Module) -> None:
         """Drop the values of a list."""
@@ -112,17 +119,11 @@ class FrozenRegion(store.Region):
             self._of_call.forget(chain)
 
 
-@contextmanager
-def frozen_call(frozen: FrozenValues) -> Iterator[None]:
-    """Read frozen values in the block, which is one call: it shares what cannot be frozen."""
-    if torch.compiler.is_dynamo_compiling():  # in the graph of a model around
-        with cached():
-            yield
-        return
+def region_of_call(frozen: FrozenValues) -> FrozenRegion:
+    """Return the region of one call, which shares what cannot be frozen."""
     around = store.current()
     shared = None if around is None else around.shared
-    with store.inside(FrozenRegion(frozen, Values() if shared is None else shared)):
-        yield
+    return FrozenRegion(frozen, Values() if shared is None else shared)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 from weakref import ref
 
 from torch import Tensor
@@ -42,6 +43,10 @@ class HeldValue:
         self.value, self.state, self.modes = value, state, modes
         self.version = version_of(value)
 
+    def is_written(self) -> bool:
+        """Check whether the value itself was written."""
+        return self.version is not None and was_written(self.value, self.version)
+
     @classmethod
     def of(
         cls, value: Tensor, modes: tuple[object, ...], state: Unchanged | Snapshot
@@ -64,6 +69,15 @@ class HeldValue:
         return cls(value, state, modes)
 
 
+class _Noted(NamedTuple):
+    """What was held for a graph, when that changed last, and when it is asked for."""
+
+    change: object
+    modes: tuple[object, ...]
+    blocks: object
+    held: list[HeldValue]
+
+
 class Values:
     """The values that a scope holds, of any parametrization lists.
 
@@ -80,6 +94,8 @@ class Values:
         # By the identity of the list. What belongs to one is replaced, never changed: other threads
         # may be reading it.
         self._of: dict[int, tuple[ref[Module], tuple[HeldValue, ...]]] = {}
+        self._noted: dict[object, _Noted] = {}  # by graph
+        self._change: object = object()  # another one whenever what is held changes
 
     def find(self, chain: Module, modes: tuple[object, ...]) -> HeldValue | None:
         """Return the value that a new evaluation would give, or None; drop what is stale."""
@@ -88,8 +104,7 @@ class Values:
             return None
         for held in found[1]:
             if held.modes == modes:
-                written = held.version is not None and was_written(held.value, held.version)
-                state = State.WRITTEN if written else held.state.compare(chain)
+                state = State.WRITTEN if held.is_written() else held.state.compare(chain)
                 if state is State.SAME:
                     return held
                 if state is State.WRITTEN:
@@ -110,19 +125,69 @@ class Values:
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))
             self._of[identity] = known, (*others, held)[-self._kept :]
+            self._changed()
+
+    def find_all(
+        self, graph: object, modes: tuple[object, ...], blocks: object
+    ) -> list[Tensor] | None:
+        """Return the values of a graph, if they are those noted for it and all right; quickly."""
+        noted = self._noted.get(graph)
+        if noted is None or noted.change is not self._change:
+            return None
+        if noted.modes != modes or noted.blocks is not blocks:
+            return None
+        for held in noted.held:
+            if held.is_written() or not held.state.is_same():  # type: ignore[union-attr]
+                return None
+        return [held.value for held in noted.held]
+
+    def note_all(
+        self,
+        graph: object,
+        chains: list[Module],
+        values: list[Tensor],
+        modes: tuple[object, ...],
+        blocks: object,
+    ) -> None:
+        """Note the values of a graph, for :meth:`find_all`, if all are held.
+
+        Args:
+            graph: stands for the graph.
+            chains: the parametrization lists that it reads.
+            values: theirs, from here.
+            modes: those of the values.
+            blocks: another object where the values are not asked for here.
+        """
+        change = self._change  # before they are looked up: another thread may drop one meanwhile
+        held = []
+        for chain, value in zip(chains, values, strict=True):
+            known = self._of.get(id(chain), (None, ()))[1]
+            found = next((h for h in known if h.value is value and h.modes == modes), None)
+            if found is None or isinstance(found.state, Snapshot):
+                return
+            held.append(found)
+        self._noted[graph] = _Noted(change, modes, blocks, held)
 
     def forget(self, chain: Module) -> None:
         """Drop the values of a list."""
         self._of.pop(id(chain), None)
+        self._changed()
 
     def clear(self) -> None:
         """Drop all values."""
         self._of.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        """Let nothing that was noted count any more."""
+        self._change = object()
+        self._noted = {}
 
     def _drop(self, chain: Module, stale: HeldValue) -> None:
         found = self._of.get(id(chain))
         if found is not None:
             self._of[id(chain)] = found[0], tuple(h for h in found[1] if h is not stale)
+            self._changed()
 
     def _died(self, identity: int) -> Callable[[object], None]:
         weak = ref(self)  # no cycle: what is held is dropped with the scope
@@ -131,5 +196,6 @@ class Values:
             values = weak()
             if values is not None:
                 values._of.pop(identity, None)
+                values._changed()
 
         return died

@@ -1,8 +1,8 @@
-"""Tell whether an evaluation has effects, by what it leaves behind."""
+"""Tell whether evaluations have effects, by what they leave behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -17,26 +17,29 @@ __all__ = ["evaluate_noting_effects"]
 
 
 def evaluate_noting_effects(
-    chain: Module, evaluate: Callable[[], Tensor], before: Unchanged | Snapshot
-) -> tuple[Tensor, bool]:
-    """Return a value, and whether its evaluation wrote no tensor and drew no random number.
+    chains: Sequence[Module],
+    evaluate: Callable[[], Sequence[Tensor]],
+    before: Sequence[Unchanged | Snapshot],
+) -> tuple[Sequence[Tensor], list[bool]]:
+    """Return values, and whether each evaluation wrote no tensor and drew no random number.
 
     A power iteration writes, a random mask draws. So it is also noticed if another thread wrote or
     exchanged a tensor meanwhile. Python attributes that change are not noticed, nor is a generator
     that is found by a global name.
 
     Args:
-        chain: a ``ParametrizationList``.
-        evaluate: evaluates it.
-        before: its state.
+        chains: ``ParametrizationList``s.
+        evaluate: evaluates them.
+        before: the state of each.
     """
-    generators = _generators(chain)
+    generators = list(dict.fromkeys(each for chain in chains for each in _generators(chain)))
     drawn = [each.get_state() for each in generators]
-    value = evaluate()
-    pure = before.compare(chain) is State.SAME and all(
+    values = evaluate()
+    drew = not all(
         torch.equal(each.get_state(), state) for each, state in zip(generators, drawn, strict=True)
     )
-    return value, pure
+    states = zip(chains, before, strict=True)
+    return values, [not drew and was.compare(chain) is State.SAME for chain, was in states]
 
 
 def _generators(chain: Module) -> list[Generator]:

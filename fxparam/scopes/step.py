@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,9 +40,9 @@ class _Step(store.Region):
     def __init__(self, names: dict[Module, str]) -> None:
         super().__init__()
         self._names = names
-        # Each value, the leaf for its readers, and the node in which the leaf's gradients arrive.
-        self._leaves: list[tuple[Tensor, Tensor, Any]] = []
-        self._closed = False
+        # Values and the leaves for their readers; those in one list have one graph of autograd.
+        self._leaves: list[list[tuple[Tensor, Tensor]]] = []
+        self._nodes: list[Any] = []  # in which the gradients of leaves arrive
         self._dtypes: dict[int, torch.dtype] = {}  # of values, by the identity of their leaves
 
     @property
@@ -51,36 +50,51 @@ class _Step(store.Region):
         """Check whether the block is open; in any thread, as autograd has threads of its own."""
         return self.depth > 0
 
-    def evaluate(self, chain: Module, name: str) -> Tensor:
-        """Return the leaf of a new evaluation; the value itself where it has no gradient."""
+    def evaluate(self, new: store.Evaluations) -> list[Tensor]:
+        """Return the leaves of new evaluations; the values themselves where they have no gradient.
+
+        By eager code, of whose backward all is to be seen, unless more is known of what is
+        compiled.
+        """
+        computed = [not all(map(_is_leaf, Snapshot(chain).objects)) for chain in new.chains]
         with _outside_checkpoints():
-            value: Tensor = chain()
-        if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
-            return value
-        if not all(map(_is_leaf, Snapshot(chain).objects)):
-            return value  # a micro-batch computed an original, whose backward goes on through it
-        check_additive(chain, value, self._names[chain])
-        wide = _widest(chain, value)
-        leaf = value.detach().to(wide).requires_grad_()
+            if new.compiled is not None and new.additive and not any(computed):
+                values, compiled = new.compiled(), True
+            else:
+                values, compiled = [chain() for chain in new.chains], False
+        found: list[Tensor] = []
+        group: list[tuple[Tensor, Tensor]] = []
+        for chain, value, is_computed in zip(new.chains, values, computed, strict=True):
+            # A micro-batch may have computed an original, whose backward goes on through it.
+            if not is_computed and _has_graph(value):
+                if not compiled:
+                    check_additive(chain, value, self._names[chain])
+                group.append((value, self._leaf(chain, value)))
+                found.append(group[-1][1])
+            else:
+                found.append(value)
+        self._leaves += [group] if compiled else [[each] for each in group]
+        return found
+
+    def _leaf(self, chain: Module, value: Tensor) -> Tensor:
+        """Return what stands for a value, with its gradients summed in the widest precision."""
+        leaf = value.detach().to(_widest(chain, value)).requires_grad_()
         self._dtypes[id(leaf)] = value.dtype
-        node: Any = torch.autograd.graph.get_gradient_edge(leaf).node
-        node.register_prehook(self._refuse_if_closed)  # a hook of the leaf Dynamo would see
-        self._leaves.append((value, leaf, node))
+        self._nodes.append(torch.autograd.graph.get_gradient_edge(leaf).node)
         return leaf
 
-    def keep(self, evaluation: store.Evaluation) -> Tensor:
-        """Return a new value, evaluated by eager code, of whose backward all is to be seen."""
-        run = partial(self.evaluate, evaluation.chain, evaluation.name)
-        return super().keep(evaluation._replace(run=run))
-
-    def hand_out(self, value: Tensor) -> Tensor:
+    def hand_out(self, value: Tensor, hidden: bool = False) -> Tensor:
         """Return what one reader gets: an alias of its own, or a cast to the value's precision.
 
         So a hook on it sees the gradient of this reader, as in eager code, and the gradients of
         casts are summed in the precision of the originals.
+
+        Args:
+            value: the leaf, or a value without one.
+            hidden: whether the reader is a compiled graph that does not return the value.
         """
         dtype = self._dtypes.get(id(value))
-        if dtype is None:
+        if dtype is None or (hidden and dtype == value.dtype):
             return value
         return value.view_as(value) if dtype == value.dtype else value.to(dtype)
 
@@ -109,35 +123,36 @@ class _Step(store.Region):
         In the reverse order of the evaluations: what an evaluation reads of another parametrized
         tensor, whose leaf thus gets its gradient, was evaluated before.
         """
-        for value, leaf, _ in reversed(self._leaves):
-            if leaf.grad is not None:
-                _backward(value, leaf.grad)
+        for group in reversed(self._leaves):
+            reached = [(value, leaf.grad) for value, leaf in group if leaf.grad is not None]
+            if reached:
+                _backward(reached)
 
     def close(self) -> None:
         """Let no gradient arrive any more, of what was computed in the block."""
         self._leaves.clear()
-        self._closed = True
-
-    def _refuse_if_closed(self, gradients: tuple[Tensor, ...]) -> None:
-        """Raise RuntimeError if a gradient arrives that no original will get."""
-        if self._closed:
-            raise RuntimeError(
-                "a backward after fxparam.accumulate() of what was computed inside of it.\n"
-                "required: the backward in the block, which carries gradients to the originals\n"
-                "found: a backward when it had ended"
-            )
+        for node in self._nodes:
+            node.register_prehook(_refuse)  # a hook of the leaf Dynamo would see
+        self._nodes.clear()
 
 
-def _backward(value: Tensor, gradient: Tensor) -> None:
-    """Carry a gradient through an evaluation.
+def _backward(reached: list[tuple[Tensor, Tensor]]) -> None:
+    """Carry gradients through the evaluations of values.
+
+    Args:
+        reached: values of one graph of autograd, and the gradient of each.
 
     Raises:
-        RuntimeError: if what the evaluation has saved was written.
+        RuntimeError: if what the evaluations have saved was written.
     """
-    parts = _parts(gradient, value)
+    parts = max(_parts(gradient, value) for value, gradient in reached)
+    values = [value for value, _ in reached]
+    if parts > 1:
+        reached = [(value, gradient / parts) for value, gradient in reached]
+    gradients = [gradient.to(value.dtype) for value, gradient in reached]
     for left in range(parts - 1, -1, -1):
         try:
-            value.backward((gradient / parts).to(value.dtype), retain_graph=left > 0)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(values, gradients, retain_graph=left > 0)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -146,6 +161,19 @@ def _backward(value: Tensor, gradient: Tensor) -> None:
                 "required: originals and buffers that stay as they are until then\n"
                 f"found: {error}"
             ) from error
+
+
+def _refuse(gradients: tuple[Tensor, ...]) -> NoReturn:
+    """Raise RuntimeError: a gradient arrives that no original will get."""
+    raise RuntimeError(
+        "a backward after fxparam.accumulate() of what was computed inside of it.\n"
+        "required: the backward in the block, which carries gradients to the originals\n"
+        "found: a backward when it had ended"
+    )
+
+
+def _has_graph(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _is_leaf(held: object) -> bool:

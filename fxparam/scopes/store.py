@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from functools import partial
@@ -42,19 +42,27 @@ from fxparam._torch.names import (
 from fxparam.eager.reading import evaluated
 from fxparam.scopes.held import Values, state_of
 from fxparam.scopes.modes import present
+from fxparam.scopes.partial_gradients import keep_gradients_apart
 from fxparam.scopes.state import State
 
 __all__ = [
-    "Evaluation",
+    "Evaluate",
+    "Evaluations",
+    "Reader",
     "Region",
     "active",
+    "begin",
+    "begin_in",
     "current",
+    "end",
     "enter",
     "forget",
     "inside",
+    "known_for",
     "leave",
     "outside_regions",
     "read",
+    "read_all",
     "read_untraced",
     "step_of",
     "stepping",
@@ -70,20 +78,56 @@ def untraced(function: F) -> F:
     return cast("F", torch.compiler.disable(function, reason=reason))  # type: ignore[no-untyped-call]
 
 
-class Evaluation(NamedTuple):
-    """An evaluation that is to be made.
+class Evaluations(NamedTuple):
+    """Evaluations that are to be made.
 
     Attributes:
-        chain: the ``ParametrizationList``.
-        name: the name of the tensor.
-        modes: those that it is made under.
-        run: makes it.
+        chains: the ``ParametrizationList`` of each.
+        names: the names of the tensors, for warnings; empty for none.
+        modes: those that they are made under.
+        compiled: returns the values; None for eager code.
+        additive: whether the backward of what is compiled is known to be additive in the gradient.
     """
 
-    chain: Module
-    name: str
+    chains: Sequence[Module]
+    names: Sequence[str]
     modes: tuple[object, ...]
-    run: Callable[[], Tensor]
+    compiled: Callable[[], Sequence[Tensor]] | None = None
+    additive: bool = False
+
+
+class Evaluate(NamedTuple):
+    """Evaluations that were compiled as one graph.
+
+    Attributes:
+        run: returns the values.
+        reads: the tensors that each is computed from.
+        additive: whether the backward of each is known to be additive in the gradient.
+    """
+
+    run: Callable[[], Sequence[Tensor]]
+    reads: Sequence[Sequence[Tensor]]
+    additive: bool
+
+    def values(self, wanted: Sequence[int]) -> list[Tensor]:
+        """Evaluate, and return some of the values."""
+        made = self.run()
+        values = [made[i] for i in wanted]
+        keep_gradients_apart(values, [self.reads[i] for i in wanted])
+        return values
+
+
+class Reader:
+    """A compiled graph that reads values.
+
+    Attributes:
+        hidden: for each value, whether the graph does not return it.
+    """
+
+    __slots__ = ("hidden",)
+
+    def __init__(self, hidden: Sequence[bool]) -> None:
+        self.hidden = hidden
 
 
 class Region:
@@ -117,32 +161,31 @@ class Region:
         """Return the region for a ``cached()`` block in this one."""
         return self
 
-    def evaluate(self, chain: Module, name: str) -> Tensor:
-        """Return what the region is to hold of a new evaluation.
+    def evaluate(self, new: Evaluations) -> Sequence[Tensor]:
+        """Return what the region is to hold of new evaluations."""
+        if new.compiled is not None:
+            return new.compiled()
+        return list(map(evaluated, new.chains, new.names))
+
+    def hand_out(self, value: Tensor, hidden: bool = False) -> Tensor:
+        """Return what one reader gets of a value that the region holds.
 
         Args:
-            chain: a ``ParametrizationList``.
-            name: the name of the tensor, for a warning; empty for none.
+            value: the value.
+            hidden: whether the reader is a compiled graph that does not return the value.
         """
-        return evaluated(chain, name)
-
-    def hand_out(self, value: Tensor) -> Tensor:
-        """Return what one reader gets of a value that the region holds."""
         return value
 
     def forget(self, chain: Module) -> None:
         """Drop the values of a list, whose originals are about to be assigned."""
         self.values.forget(chain)
 
-    def read(
-        self, chain: Module, name: str, evaluate: Callable[[], Tensor] | None = None
-    ) -> Tensor:
+    def read(self, chain: Module, name: str) -> Tensor:
         """Return the value of a parametrization list: one that is still right, or a new one.
 
         Args:
             chain: a ``ParametrizationList``.
             name: the name of the tensor, for a warning; empty for none.
-            evaluate: what evaluates it, if that is not to be eager code.
 
         Raises:
             RuntimeError: while ``torch.jit.trace`` runs, whose graph would hold the value as a
@@ -153,30 +196,73 @@ class Region:
         modes = present()
         value = self.find(chain, modes)
         if value is None:
-            run = evaluate or partial(self.evaluate, chain, name)
-            value = self._new_value(Evaluation(behind_proxy(chain), name, modes, run))
+            value = self._new_value(behind_proxy(chain), name, modes)
         return self.hand_out(value)
 
     @untraced
-    def _new_value(self, evaluation: Evaluation) -> Tensor:
+    def _new_value(self, chain: Module, name: str, modes: tuple[object, ...]) -> Tensor:
         """Return a new value; Dynamo compiles none of it."""
-        value = self.find(evaluation.chain, evaluation.modes)  # found not before by its proxy
-        return self.keep(evaluation) if value is None else value
+        value = self.find(chain, modes)  # found not before by its proxy
+        if value is None:
+            (value,) = self.keep(Evaluations([chain], [name], modes))
+        return value
+
+    def read_all(
+        self, graph: Reader, parts: Sequence[tuple[list[Module], Evaluate | None]]
+    ) -> list[Tensor]:
+        """Return the values of the lists that a compiled graph reads, and note them.
+
+        Args:
+            graph: the graph.
+            parts: lists, and what evaluates them together. It has no effects if they are several.
+        """
+        modes = present()
+        values = [v for part, evaluate in parts for v in self._together(part, evaluate, modes)]
+        noting = self.noting
+        if noting is not None:
+            noting.note_all(graph, [c for part, _ in parts for c in part], values, modes, _blocks)
+        return list(map(self.hand_out, values, graph.hidden))
+
+    def known_for(self, graph: Reader) -> list[Tensor] | None:
+        """Return the values for a graph that was given some before, if these are right still."""
+        noting = self.noting
+        known = None if noting is None else noting.find_all(graph, present(), _blocks)
+        return None if known is None else list(map(self.hand_out, known, graph.hidden))
+
+    @property
+    def noting(self) -> Values | None:
+        """What holds the values of present modes; None where nothing does."""
+        return self.values
+
+    def _together(
+        self, chains: list[Module], compiled: Evaluate | None, modes: tuple[object, ...]
+    ) -> list[Tensor]:
+        found = [self.find(chain, modes) for chain in chains]
+        missing = [i for i, value in enumerate(found) if value is None]
+        if missing:
+            new = Evaluations([chains[i] for i in missing], [""] * len(missing), modes)
+            # A few are not worth evaluating all.
+            if compiled is not None and 2 * len(missing) >= len(chains):
+                run = partial(compiled.values, missing)
+                new = new._replace(compiled=run, additive=compiled.additive)
+            for i, value in zip(missing, self.keep(new), strict=True):
+                found[i] = value
+        return [value for value in found if value is not None]
 
     def find(self, chain: Module, modes: tuple[object, ...]) -> Tensor | None:
         """Return the value that a new evaluation would give, or None."""
         held = self.values.find(chain, modes)
         return None if held is None else held.value
 
-    def keep(self, evaluation: Evaluation) -> Tensor:
-        """Return a new value, and hold it for as long as it is right."""
-        chain, _, modes, run = evaluation
-        before = state_of(chain)
-        value = run()
-        # What the evaluation wrote itself (spectral norm's vectors) does not make its value stale.
-        state = before if before.compare(chain) is State.SAME else state_of(chain)
-        self.values.keep(chain, value, modes, state)
-        return value
+    def keep(self, new: Evaluations) -> Sequence[Tensor]:
+        """Return new values, and hold them for as long as they are right."""
+        before = list(map(state_of, new.chains))
+        values = self.evaluate(new)
+        for chain, was, value in zip(new.chains, before, values, strict=True):
+            # What an evaluation wrote itself (spectral norm's vectors) does not make it stale.
+            state = was if was.compare(chain) is State.SAME else state_of(chain)
+            self.values.keep(chain, value, new.modes, state)
+        return values
 
     @property
     def usable(self) -> bool:
@@ -192,6 +278,8 @@ _OUTSIDE = Region()
 
 # The open ``accumulate()`` block of a parametrization list, in whatever thread.
 _steps: WeakKeyDictionary[Module, Region] = WeakKeyDictionary()
+# Another object after each begin and end of such a block.
+_blocks = object()
 
 
 def current() -> Region | None:
@@ -234,17 +322,20 @@ def step_of(chain: Module) -> Region | None:
 @contextmanager
 def stepping(step: Region, chains: Iterable[Module]) -> Iterator[None]:
     """Let a block hold the values of parametrization lists, in whatever thread they are read."""
+    global _blocks
     step.enter()
     for chain in chains:
         _steps[chain] = step
         # Dynamo can neither trace nor guard the dictionary: for traced code.
         chain.in_step = True  # type: ignore[assignment]
+    _blocks = object()
     try:
         yield
     finally:
         for chain in chains:
             _steps.pop(chain, None)
             chain.__dict__.pop("in_step", None)
+        _blocks = object()
         step.leave()
 
 
@@ -263,39 +354,44 @@ else:
     sys.modules[__name__].__class__ = _ContextModule
 
 
-@contextmanager
-def inside(region: Region) -> Iterator[None]:
-    """Let the code of the block be in a region, instead of in the present one."""
-    region.enter()
-    token = _region.set(region)
-    try:
-        yield
-    finally:
-        region.leave()
-        with suppress(ValueError):  # as in :func:`leave`
-            _region.reset(token)
+Entered = tuple["Region", "Token[Region | None] | None"]
 
 
-@untraced
-def enter() -> tuple[Region, Token[Region | None] | None]:
-    """Begin a region, or one inside the present region; :func:`leave` ends it."""
+def begin() -> Entered:
+    """Begin a region, or a block in the present region; :func:`end` ends it."""
     around = current()
-    region = Region() if around is None else around.for_block()
+    return begin_in(Region() if around is None else around.for_block(), around)
+
+
+def begin_in(region: Region, around: Region | None = None) -> Entered:
+    """Let what follows be in a region, instead of in the one around it; :func:`end` ends it."""
     token = None if region is around else _region.set(region)
     region.enter()
     return region, token
 
 
-@untraced
-def leave(entered: tuple[Region, Token[Region | None] | None]) -> None:
-    """End what ``enter`` began."""
-    region, token = entered
+def end(begun: Entered) -> None:
+    """End what has begun."""
+    region, token = begun
     region.leave()
     if token is not None:
         # A generator may be closed in another context than it ran in. That context never saw this
         # region, and the region, left, is not usable any more.
         with suppress(ValueError):
             _region.reset(token)
+
+
+enter, leave = untraced(begin), untraced(end)
+
+
+@contextmanager
+def inside(region: Region) -> Iterator[None]:
+    """Let the code of the block be in a region, instead of in the present one."""
+    begun = begin_in(region)
+    try:
+        yield
+    finally:
+        end(begun)
 
 
 @contextmanager
@@ -317,18 +413,41 @@ def _refuse_trace() -> NoReturn:
     )
 
 
-def read(chain: Module, name: str = "", evaluate: Callable[[], Tensor] | None = None) -> Tensor:
+def read(chain: Module, name: str = "") -> Tensor:
     """Return the value of ``chain`` in the current region: one that is still right, or a new one.
 
     Args:
         chain: a ``ParametrizationList``.
         name: the name of the tensor, for a warning; empty for none.
-        evaluate: what evaluates it, if that is not to be eager code.
     """
     region = step_of(chain) or current()
     if region is None:
         return chain()  # type: ignore[no-any-return]
-    return region.read(chain, name, evaluate)
+    return region.read(chain, name)
+
+
+def known_for(graph: Reader, chains: Sequence[Module]) -> list[Tensor] | None:
+    """Return the values of a compiled graph's lists, if it was given some and these are right.
+
+    Quicker than :func:`read_all`, which notes them.
+    """
+    region = step_of(chains[0]) or current()
+    return None if region is None else region.known_for(graph)
+
+
+def read_all(graph: Reader, parts: Sequence[tuple[list[Module], Evaluate | None]]) -> list[Tensor]:
+    """Return the values of the lists that a compiled graph reads.
+
+    Args:
+        graph: the graph.
+        parts: lists, and what evaluates them together, if it is not eager code that does it.
+    """
+    chains = [chain for part, _ in parts for chain in part]
+    regions = {step_of(chain) or current() for chain in chains}
+    region = regions.pop()
+    if regions or region is None:  # some are in an `accumulate()` block
+        return list(map(read, chains))
+    return region.read_all(graph, parts)
 
 
 read_untraced = untraced(read)

@@ -92,22 +92,34 @@ class Unchanged:
         except _NotListed:
             return None
 
+    def is_same(self) -> bool:
+        """Check that nothing was changed; quickly. False if a number was assigned anew."""
+        try:
+            return (
+                are_unchanged(self._facts)
+                and _first_exchanged(self._places) is None
+                and self._has_as_many_places()
+            )
+        except (KeyError, RuntimeError):  # a tensor became one without a version
+            return False
+
     def compare(self, chain: Module) -> State:
         """Return what has become of it."""
+        if self.is_same():
+            return State.SAME
         try:
             if not are_unchanged(self._facts):
                 return State.WRITTEN
-            if _first_exchanged(self._places) is not None:
-                state = self._compare_places()
-                if state is not State.SAME:
-                    return state
-        except (KeyError, RuntimeError):  # a tensor became one without a version
+            state = self._compare_places()
+        except (KeyError, RuntimeError):
             return State.OTHER
+        return state if self._has_as_many_places() or state is State.WRITTEN else State.OTHER
+
+    def _has_as_many_places(self) -> bool:
+        """Check that no dictionary has grown or shrunk, and that cells hold what they held."""
         if any(self._empty) or list(map(len, self._sized)) != self._lengths:
-            return State.OTHER
-        if self._cells and not all(map(is_, map(_contents, self._cells), self._in_cells)):
-            return State.OTHER
-        return State.SAME
+            return False
+        return not self._cells or all(map(is_, map(_contents, self._cells), self._in_cells))
 
     def _compare_places(self) -> State:
         """Return what has become of the objects in their places.

@@ -702,3 +702,101 @@ def test_the_first_graph_that_reads_has_the_evaluation_compiled() -> None:
     with fxparam.cached():  # with fewer rows: compiled again, and still the first reader
         compiled[0](X[:1])
     assert len(evaluations) == 3
+
+
+class Root(nn.Module):
+    """Has an infinite derivative at zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
+def _layers(*steps: nn.Module) -> nn.ModuleList:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, 3, dtype=torch.float64) for _ in steps)
+    for layer, step in zip(layers, steps, strict=True):
+        ours.register_parametrization(layer, "weight", step)
+    return layers
+
+
+def test_evaluations_without_effects_are_compiled_as_one() -> None:
+    exponential = helpers.MatrixExponential
+    layers = _layers(*(exponential() for _ in range(5)))
+    layers.insert(2, fxparam.adopt(nn.utils.parametrizations.spectral_norm(layers.pop(2))))
+    twin = copy.deepcopy(layers)
+    evaluations = []
+
+    def record(gm: torch.fx.GraphModule, _: Any) -> Any:
+        targets = [str(node.target) for node in gm.graph.nodes]
+        if not any("linear" in target for target in targets):
+            evaluations.append(sum("matrix_exp" in target for target in targets))
+        return gm
+
+    def forward(layers: nn.ModuleList, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = torch.tanh(layer(x))
+        return x
+
+    compiled = torch.compile(forward, backend=fxparam.backend(record, lower=False))
+    for _ in range(2):
+        for run, m in ((compiled, twin), (forward, layers)):
+            with fxparam.cached():
+                (run(m, X) + run(m, 2 * X)).square().sum().backward()
+        with torch.no_grad():  # one value is stale, then most are
+            twin[0].parametrizations.weight.original.mul_(2)
+            layers[0].parametrizations.weight.original.mul_(2)
+    for a, b in zip(twin.parameters(), layers.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+    # The power iteration has an effect, and stands between.
+    assert evaluations == [2, 1, 2]
+
+
+@pytest.mark.parametrize("scope", [fxparam.cached, fxparam.accumulate])
+@pytest.mark.parametrize("stale", [0, 1, 2])
+def test_few_stale_values_of_many(scope: Any, stale: int) -> None:
+    layers = _layers(*(helpers.Counting() for _ in range(3)))
+    compiled = torch.compile(
+        lambda x: torch.stack([layer(x) for layer in layers]), backend=fxparam.backend("aot_eager")
+    )
+    for _ in range(2):
+        with torch.no_grad(), scope(layers):
+            compiled(X)
+            before = [layer.weight for layer in layers]
+            for layer in layers[:stale]:
+                layer.parametrizations.weight.original.mul_(2)
+            with fxparam.disabled(layers):
+                expected = torch.stack([layer(X) for layer in layers])
+            assert_close(compiled(X), expected)
+            after = [layer.weight for layer in layers]
+            assert [a is b for a, b in zip(before, after, strict=True)] == [
+                i >= stale for i in range(3)
+            ]
+
+
+@pytest.mark.parametrize("scope", [fxparam.cached, fxparam.accumulate])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_values_that_are_computed_together_have_gradients_apart(scope: Any, backend: str) -> None:
+    layers, ones = _layers(Root(), Root()), torch.ones(3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in layers:
+            layer.parametrizations.weight.original.zero_()
+    twin = copy.deepcopy(layers)
+
+    def both(layers: nn.ModuleList) -> Tensor:
+        return layers[0](ones) + layers[1](ones)
+
+    def second(layers: nn.ModuleList) -> Tensor:
+        return layers[1].weight + 1
+
+    compiled = [
+        torch.compile(f, backend=fxparam.backend(backend), fullgraph=True) for f in (both, second)
+    ]
+    for m, (first, last) in ((twin, compiled), (layers, (both, second))):
+        with scope(m):
+            first(m)  # without a gradient
+            last(m).sum().backward()
+    names = [name for name, p in layers.named_parameters() if p.grad is not None]
+    assert names == ["1.parametrizations.weight.original"]
+    assert names == [name for name, p in twin.named_parameters() if p.grad is not None]
+    mine, eager = (m[1].parametrizations.weight.original.grad for m in (twin, layers))
+    assert_close(mine, eager, equal_nan=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from torch.utils.checkpoint import checkpoint
@@ -410,6 +411,37 @@ def test_nothing_outlives_the_block(program: Callable[[Any], None]) -> None:
             program(model)
         assert len(values) == 1
         assert values[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_no_value_of_compiled_code_outlives_the_block() -> None:
+    values = []
+
+    def record(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled: Any = lookup_backend("aot_eager")(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            values.extend(weakref.ref(a) for a in args if a.requires_grad and a.is_leaf)
+            given = compiled(*args)
+            values.extend(map(weakref.ref, given))
+            return given
+
+        return run
+
+    model = _model(Exp())
+    run = torch.compile(model, backend=fxparam.backend(record))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # compiled first
+            values.clear()
+            with fxparam.accumulate(model):
+                _in_turn(run)
+        kept = {id(p) for p in model.parameters()}
+        alive = [v for each in values if (v := each()) is not None and id(v) not in kept]
+        assert len(values) > 8
+        assert alive == []
     finally:
         gc.enable()
 

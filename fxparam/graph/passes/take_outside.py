@@ -13,7 +13,7 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from fxparam._torch.tensors import geometry, is_wrapper_subclass
 from fxparam.graph.analysis.bodies import call_of
 from fxparam.graph.analysis.effect_table import EffectTable
 from fxparam.graph.analysis.effects import analyze
+from fxparam.graph.analysis.gradients import ends_reached
 from fxparam.graph.analysis.modes import switches_a_mode
 from fxparam.graph.analysis.nodes import ancestors, attribute_of, body_of, value_of
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
@@ -41,7 +42,14 @@ from fxparam.marks import (
     is_for_a_region_around,
 )
 
-__all__ = ["CannotTakeOut", "TakenOut", "all_of", "is_in_a_region_around", "take_outside"]
+__all__ = [
+    "Alone",
+    "CannotTakeOut",
+    "TakenOut",
+    "all_of",
+    "is_in_a_region_around",
+    "take_outside",
+]
 
 
 T = TypeVar("T")
@@ -88,7 +96,10 @@ class TakenOut:
         inputs: which of the inputs of the graph it is computed from.
         attributes: the tensors of the graph that it is computed from, too.
         value: an example of the value.
-        graph: the evaluation alone, with all the inputs of the graph.
+        pure: whether it has no effects.
+        returned: whether the graph may return the value, or a view of it.
+        additive: whether its backward is known to be additive in the gradient.
+        ends: from which ends of the graph a gradient may come to it, as ``ends_reached`` says.
     """
 
     chain: int
@@ -97,7 +108,19 @@ class TakenOut:
     inputs: tuple[int, ...]
     attributes: tuple[Any, ...]
     value: Any
-    graph: GraphModule
+    pure: bool
+    returned: bool
+    additive: bool
+    ends: int
+
+    def read_by(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the tensors that it is computed from, in a call of the graph with inputs."""
+        return [*(inputs[i] for i in self.inputs), *self.attributes]
+
+
+#: From positions in the evaluations taken out to a graph that computes these alone, with all the
+#: inputs of the graph that they were taken out of.
+Alone = Callable[[Sequence[int]], GraphModule]
 
 
 def is_in_a_region_around(gm: GraphModule) -> bool:
@@ -107,7 +130,7 @@ def is_in_a_region_around(gm: GraphModule) -> bool:
 
 def take_outside(
     source: GraphModule, *, grad_enabled: bool, static: bool = False
-) -> tuple[GraphModule, list[TakenOut]]:
+) -> tuple[GraphModule, list[TakenOut], Alone]:
     """Replace what a graph evaluates for the region around it by inputs, at the end of its inputs.
 
     Args:
@@ -117,8 +140,8 @@ def take_outside(
             CUDA graphs then read them where they are.
 
     Returns:
-        Another graph (Dynamo still reads the inputs off its own), and the evaluations, in the order
-        of the new inputs, to be run before it.
+        Another graph (Dynamo still reads the inputs off its own); the evaluations, in the order of
+        the new inputs, to be run before it; and what makes graphs of them.
 
     Raises:
         CannotTakeOut: one of them cannot be taken out.
@@ -128,7 +151,9 @@ def take_outside(
     found = all_of(partial(_alone, check) for check in _evaluations(gm, table))
     _check_order(table, found)
     inputs = gm.graph.find_nodes(op="placeholder")
-    outside = [each.outside(gm, inputs) for each in found]
+    ends = ends_reached(gm.graph, table)
+    outside = [each.outside(gm, inputs, table, ends.get(each.value, 0)) for each in found]
+    alone = _alone_in(gm, found)
     for each in found:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
@@ -143,7 +168,7 @@ def take_outside(
     drop_idle_switches(gm, [modes])
     gm.graph.lint()
     gm.recompile()
-    return gm, outside
+    return gm, outside, alone
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,9 @@ class _Found:
     value: Node
     left_behind: dict[Node, Node]
 
-    def outside(self, gm: GraphModule, inputs: list[Node]) -> TakenOut:
+    def outside(
+        self, gm: GraphModule, inputs: list[Node], table: EffectTable, ends: int
+    ) -> TakenOut:
         read = {n for node in self.nodes for n in node.all_input_nodes}
         attributes = (attribute_of(gm, n) for n in read if n.op == "get_attr")
         return TakenOut(
@@ -171,21 +198,33 @@ class _Found:
             tuple(i for i, node in enumerate(inputs) if node in read),
             tuple(each for each in attributes if not isinstance(each, GraphModule)),
             value_of(self.value),
-            self._alone(gm),
+            all(has_effects(table, node) is None for node in self.nodes),
+            bool(table.of[self.value].storages & table.escaping),
+            all(has_one_backward_for_all(table, node) for node in self.nodes),
+            ends,
         )
 
-    def _alone(self, gm: GraphModule) -> GraphModule:
-        """Return a copy of a graph that has nothing left but this evaluation."""
-        copy = copy_dynamo_graph(gm)
-        copies = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
-        kept = {copies[node] for node in self.nodes}
-        copy.graph.output_node().args = ((copies[self.value],),)
-        for node in reversed(copy.graph.nodes):
+
+def _alone_in(gm: GraphModule, found: list[_Found]) -> Alone:
+    """Return what copies a graph as it is now, and leaves nothing but some of its evaluations."""
+    whole = copy_dynamo_graph(gm)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    nodes = [[position[node] for node in each.nodes] for each in found]
+    values = [position[each.value] for each in found]
+
+    def alone(chosen: Sequence[int]) -> GraphModule:
+        copy = copy_dynamo_graph(whole)
+        copies = list(copy.graph.nodes)
+        kept = {copies[i] for each in chosen for i in nodes[each]}
+        copy.graph.output_node().args = (tuple(copies[values[each]] for each in chosen),)
+        for node in reversed(copies):
             needed = node.op in ("placeholder", "output") or node in kept or node.users
             if not needed and not switches_a_mode(node):
                 copy.graph.erase_node(node)
         copy.recompile()
         return copy
+
+    return alone
 
 
 def _evaluations(gm: GraphModule, table: EffectTable) -> Iterator[Callable[[], _Found]]:

@@ -50,7 +50,7 @@ def _graph(region: str | None = None) -> GraphModule:
 def test_an_evaluation_becomes_an_input() -> None:
     gm = _graph()
     before = text(gm)
-    after, (taken,) = take_outside(gm, grad_enabled=True)
+    after, (taken,), alone = take_outside(gm, grad_enabled=True)
     assert text(gm) == before  # Dynamo still reads its own
     assert_expected_inline(
         f"{before}\n---\n{text(after)}",
@@ -74,13 +74,13 @@ return (matmul_1,)""",
     assert_close(after(x, p, torch.matrix_exp(p.tril())), gm(x, nn.Parameter(p)))
     # There is nothing left to take.
     assert is_in_a_region_around(gm) and not is_in_a_region_around(after)
-    again, nothing = take_outside(after, grad_enabled=True)
+    again, nothing, _ = take_outside(after, grad_enabled=True)
     assert nothing == [] and text(again) == text(after)
 
 
 def test_an_evaluation_for_another_region_stays() -> None:
     gm = _graph(region=marks.region(TRACE, 1))
-    after, taken = take_outside(gm, grad_enabled=True)
+    after, taken, _ = take_outside(gm, grad_enabled=True)
     assert taken == [] and text(after) == text(gm)
 
 
@@ -92,7 +92,7 @@ def test_a_block_without_grad_that_is_left_empty_goes_too() -> None:
     s.note(torch._C._set_grad_enabled, True)
     gm = _as_of_dynamo(s.returns(s.call(operator.matmul, w, x)))
     before = text(gm)
-    after, _ = take_outside(gm, grad_enabled=True)
+    after, _, _ = take_outside(gm, grad_enabled=True)
     assert_expected_inline(
         f"{before}\n---\n{text(after)}",
         """\
