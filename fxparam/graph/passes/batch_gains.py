@@ -23,7 +23,7 @@ Pointwise ops alone are not batched: Inductor makes one kernel of each chain as 
 
 What an op keeps while it works, it keeps for all matrices at once. A batch is made as large as lets
 that fit into what the graph holds at its peak: the batch runs before the rest of the graph, and its
-backward after the rest's. One MiB is always allowed.
+backward after the rest's. A quarter of a MiB is always allowed.
 """
 
 from __future__ import annotations
