@@ -142,14 +142,16 @@ class Backend:
         """Run the passes; return what they did, and a backend for the graph as it is now."""
         settle(gm, trace_number())
         clear_trace_marks((REGION, EVALUATION, VALUE))
-        # Dynamo restores the frame's own modes before it calls a backend.
-        result = hoist(
-            gm,
-            grad_enabled=torch.is_grad_enabled(),
-            autocast_now=True,
-            max_bytes=self._max_bytes,
-        )
-        result = self._cheaper(result)
+        # Passes run ops on fake tensors: a checkpoint around must not count what these save.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            # Dynamo restores the frame's own modes before it calls a backend.
+            result = hoist(
+                gm,
+                grad_enabled=torch.is_grad_enabled(),
+                autocast_now=True,
+                max_bytes=self._max_bytes,
+            )
+            result = self._cheaper(result)
         if is_in_a_region_around(gm):
             inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
         return result, inner
@@ -210,6 +212,10 @@ class Backend:
         inner = lookup_backend(self._inner)
         extra = {k: v for k, v in (("mode", mode), ("options", options)) if v}
         return (lambda gm, inputs: inner(gm, inputs, **extra)) if extra else inner
+
+
+def _as_it_is(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def backend(

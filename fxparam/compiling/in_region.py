@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Module
 
@@ -56,7 +57,7 @@ def with_values_of_region(
     _log.info("%d values are those of the cached() region around the graph", len(outside))
 
     def evaluation(group: list[int], inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = inner(alone(group), inputs)
+        compiled = _with_needed(inner, alone(group), inputs)
         # A CUDA graph writes its results to the same memory when it is run again.
         copied = frozen and any(outside[i].value.is_cuda for i in group)
         return _copied(compiled) if copied else compiled
@@ -66,7 +67,7 @@ def with_values_of_region(
         return Evaluate(partial(compute, *args), reads, outside[group[0]].additive)
 
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = inner(rest, [*inputs, *(each.value for each in outside)])
+        compiled = _with_needed(inner, rest, [*inputs, *(each.value for each in outside)])
         if not outside:
             return compiled
         own = list(map(first.include, chains, outside))
@@ -77,26 +78,42 @@ def with_values_of_region(
         held = [ref(chains[i]) for group, _ in groups for i in group]
         order = [i for group, _ in groups for i in group]
         places = [order.index(i) for i in range(len(order))]
+        originals = list(dict.fromkeys(i for each in outside for i in each.inputs))
         graph = Reader([not outside[i].returned for i in order])
 
         def run(*args: Any) -> Any:
             # Dynamo's guards, on which this runs, hold the identity of the lists.
             lists: list[Any] = [each() for each in held]
-            values = known_for(graph, lists)
+            reads = [args[i] for i in originals]
+            values = known_for(graph, lists, reads)
             if values is None:
                 each = iter(lists)
-                values = read_all(
-                    graph,
-                    [
-                        ([next(each) for _ in group], compute and evaluate(group, compute, args))
-                        for group, compute in groups
-                    ],
-                )
+                parts = [
+                    ([next(each) for _ in group], compute and evaluate(group, compute, args))
+                    for group, compute in groups
+                ]
+                values = read_all(graph, parts, reads)
             return compiled(*args, *(values[i] for i in places))
 
         return run
 
     return compile
+
+
+def _with_needed(
+    inner: Callable[..., Any], graph: GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """Compile a graph without the tensors among its inputs that it does not read.
+
+    Autograd would call their hooks without a gradient.
+    """
+    given = graph.graph.find_nodes(op="placeholder")
+    needed = [i for i, n in enumerate(given) if n.users or not isinstance(inputs[i], Tensor)]
+    for i in {*range(len(given))} - {*needed}:
+        graph.graph.erase_node(given[i])
+    graph.recompile()
+    compiled: Callable[..., Any] = inner(graph, [inputs[i] for i in needed])
+    return lambda *args: compiled(*(args[i] for i in needed))
 
 
 def _groups(outside: list[TakenOut], own: list[bool]) -> Iterator[list[int]]:

@@ -109,7 +109,7 @@ class FrozenRegion(store.Region):
                 # The state from before: another thread may have written by now.
                 self._frozen.keep(chain, value, new.modes, was)
             elif self._of_call is not None:
-                self._of_call.keep(chain, value, new.modes, state_of(chain))
+                self._of_call.keep(chain, value, new.modes, state_of(chain), new.saved)
         return values
 
     def forget(self, chain: Module) -> None:

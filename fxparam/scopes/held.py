@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import is_
 from typing import NamedTuple
 from weakref import ref
 
@@ -16,7 +17,10 @@ from fxparam.scopes.snapshot import Snapshot
 from fxparam.scopes.state import State
 from fxparam.scopes.unchanged import Unchanged
 
-__all__ = ["HeldValue", "Values", "state_of"]
+__all__ = ["HeldValue", "Saved", "Values", "state_of"]
+
+#: Tensors, and the version that each had.
+Saved = Sequence[tuple[Tensor, int]]
 
 
 def state_of(chain: Module) -> Unchanged | Snapshot:
@@ -32,24 +36,41 @@ class HeldValue:
         value: the value.
         version: that of the value; None for an inference tensor, which has none.
         state: compares what is there now with what was there then.
+        saved: what one graph of autograd may have saved for this value and others, with versions.
         modes: from :func:`~fxparam.scopes.modes.present`.
     """
 
-    __slots__ = ("modes", "state", "value", "version")
+    __slots__ = ("modes", "saved", "state", "value", "version")
 
     def __init__(
-        self, value: Tensor, state: Unchanged | Snapshot, modes: tuple[object, ...]
+        self,
+        value: Tensor,
+        state: Unchanged | Snapshot,
+        modes: tuple[object, ...],
+        saved: Saved = (),
     ) -> None:
         self.value, self.state, self.modes = value, state, modes
         self.version = version_of(value)
+        self.saved = saved if value.requires_grad else ()
 
     def is_written(self) -> bool:
         """Check whether the value itself was written."""
         return self.version is not None and was_written(self.value, self.version)
 
+    def is_without_backward(self) -> bool:
+        """Check whether something was written that backward of this value or others needs.
+
+        The others were computed in the same graph of autograd, which has one backward for all.
+        """
+        return any(was_written(tensor, version) for tensor, version in self.saved)
+
     @classmethod
     def of(
-        cls, value: Tensor, modes: tuple[object, ...], state: Unchanged | Snapshot
+        cls,
+        value: Tensor,
+        modes: tuple[object, ...],
+        state: Unchanged | Snapshot,
+        saved: Saved = (),
     ) -> HeldValue | None:
         """Return an entry for a new value; None when it must not outlive this read.
 
@@ -57,6 +78,7 @@ class HeldValue:
             value: what an evaluation has just given.
             modes: those of the evaluation.
             state: that of what it has read.
+            saved: as the attribute.
         """
         if not isinstance(value, Tensor):
             return None
@@ -66,7 +88,7 @@ class HeldValue:
             if inside_functorch() and functorch_level(value) > state.level:
                 # Wrapped by a transform that no original knows: nothing would tell when it ends.
                 return None
-        return cls(value, state, modes)
+        return cls(value, state, modes, saved)
 
 
 class _Noted(NamedTuple):
@@ -75,7 +97,9 @@ class _Noted(NamedTuple):
     change: object
     modes: tuple[object, ...]
     blocks: object
+    reads: Sequence[Tensor]
     held: list[HeldValue]
+    graphs: list[HeldValue]  # one for each graph of autograd that made several
 
 
 class Values:
@@ -104,7 +128,8 @@ class Values:
             return None
         for held in found[1]:
             if held.modes == modes:
-                state = State.WRITTEN if held.is_written() else held.state.compare(chain)
+                written = held.is_written() or held.is_without_backward()
+                state = State.WRITTEN if written else held.state.compare(chain)
                 if state is State.SAME:
                     return held
                 if state is State.WRITTEN:
@@ -118,9 +143,10 @@ class Values:
         value: Tensor,
         modes: tuple[object, ...],
         state: Unchanged | Snapshot,
+        saved: Saved = (),
     ) -> None:
         """Hold a new value, if it may outlive this read; see :meth:`HeldValue.of`."""
-        held = HeldValue.of(value, modes, state)
+        held = HeldValue.of(value, modes, state, saved)
         if held is not None:
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))
@@ -128,17 +154,29 @@ class Values:
             self._changed()
 
     def find_all(
-        self, graph: object, modes: tuple[object, ...], blocks: object
+        self,
+        graph: object,
+        modes: tuple[object, ...],
+        blocks: object,
+        reads: Sequence[Tensor],
     ) -> list[Tensor] | None:
-        """Return the values of a graph, if they are those noted for it and all right; quickly."""
+        """Return the values of a graph, if they are those noted for it and all right; quickly.
+
+        Args:
+            graph, modes, blocks, reads: as for :meth:`note_all`, at present.
+        """
         noted = self._noted.get(graph)
         if noted is None or noted.change is not self._change:
             return None
         if noted.modes != modes or noted.blocks is not blocks:
             return None
+        if len(reads) != len(noted.reads) or not all(map(is_, reads, noted.reads)):
+            return None
         for held in noted.held:
             if held.is_written() or not held.state.is_same():  # type: ignore[union-attr]
                 return None
+        if any(held.is_without_backward() for held in noted.graphs):
+            return None
         return [held.value for held in noted.held]
 
     def note_all(
@@ -148,6 +186,7 @@ class Values:
         values: list[Tensor],
         modes: tuple[object, ...],
         blocks: object,
+        reads: Sequence[Tensor],
     ) -> None:
         """Note the values of a graph, for :meth:`find_all`, if all are held.
 
@@ -157,6 +196,8 @@ class Values:
             values: theirs, from here.
             modes: those of the values.
             blocks: another object where the values are not asked for here.
+            reads: what the values are computed from, as the graph's caller has found it. Another
+                thread may exchange a module between Dynamo's guards and this.
         """
         change = self._change  # before they are looked up: another thread may drop one meanwhile
         held = []
@@ -166,7 +207,8 @@ class Values:
             if found is None or isinstance(found.state, Snapshot):
                 return
             held.append(found)
-        self._noted[graph] = _Noted(change, modes, blocks, held)
+        graphs = list({id(each.saved): each for each in held if each.saved}.values())
+        self._noted[graph] = _Noted(change, modes, blocks, reads, held, graphs)
 
     def forget(self, chain: Module) -> None:
         """Drop the values of a list."""

@@ -39,8 +39,9 @@ from fxparam._torch.names import (
     torch_region,
     tracing_state,
 )
+from fxparam._torch.tensors import version_of
 from fxparam.eager.reading import evaluated
-from fxparam.scopes.held import Values, state_of
+from fxparam.scopes.held import Saved, Values, state_of
 from fxparam.scopes.modes import present
 from fxparam.scopes.partial_gradients import keep_gradients_apart
 from fxparam.scopes.state import State
@@ -87,6 +88,7 @@ class Evaluations(NamedTuple):
         modes: those that they are made under.
         compiled: returns the values; None for eager code.
         additive: whether the backward of what is compiled is known to be additive in the gradient.
+        saved: what it may save for backward.
     """
 
     chains: Sequence[Module]
@@ -94,6 +96,7 @@ class Evaluations(NamedTuple):
     modes: tuple[object, ...]
     compiled: Callable[[], Sequence[Tensor]] | None = None
     additive: bool = False
+    saved: Saved = ()
 
 
 class Evaluate(NamedTuple):
@@ -108,6 +111,13 @@ class Evaluate(NamedTuple):
     run: Callable[[], Sequence[Tensor]]
     reads: Sequence[Sequence[Tensor]]
     additive: bool
+
+    def versions(self) -> Saved:
+        """Return what several evaluations may save for their backward."""
+        if len(self.reads) < 2:
+            return ()
+        versions = ((t, version_of(t)) for read in self.reads for t in read)
+        return [(t, version) for t, version in versions if version is not None]
 
     def values(self, wanted: Sequence[int]) -> list[Tensor]:
         """Evaluate, and return some of the values."""
@@ -208,25 +218,30 @@ class Region:
         return value
 
     def read_all(
-        self, graph: Reader, parts: Sequence[tuple[list[Module], Evaluate | None]]
+        self,
+        graph: Reader,
+        parts: Sequence[tuple[list[Module], Evaluate | None]],
+        reads: Sequence[Tensor],
     ) -> list[Tensor]:
         """Return the values of the lists that a compiled graph reads, and note them.
 
         Args:
             graph: the graph.
+            reads: what the values are computed from, as the graph was given it.
             parts: lists, and what evaluates them together. It has no effects if they are several.
         """
         modes = present()
         values = [v for part, evaluate in parts for v in self._together(part, evaluate, modes)]
         noting = self.noting
         if noting is not None:
-            noting.note_all(graph, [c for part, _ in parts for c in part], values, modes, _blocks)
+            chains = [chain for part, _ in parts for chain in part]
+            noting.note_all(graph, chains, values, modes, _blocks, reads)
         return list(map(self.hand_out, values, graph.hidden))
 
-    def known_for(self, graph: Reader) -> list[Tensor] | None:
+    def known_for(self, graph: Reader, reads: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the values for a graph that was given some before, if these are right still."""
         noting = self.noting
-        known = None if noting is None else noting.find_all(graph, present(), _blocks)
+        known = None if noting is None else noting.find_all(graph, present(), _blocks, reads)
         return None if known is None else list(map(self.hand_out, known, graph.hidden))
 
     @property
@@ -244,7 +259,9 @@ class Region:
             # A few are not worth evaluating all.
             if compiled is not None and 2 * len(missing) >= len(chains):
                 run = partial(compiled.values, missing)
-                new = new._replace(compiled=run, additive=compiled.additive)
+                new = new._replace(
+                    compiled=run, additive=compiled.additive, saved=compiled.versions()
+                )
             for i, value in zip(missing, self.keep(new), strict=True):
                 found[i] = value
         return [value for value in found if value is not None]
@@ -261,7 +278,7 @@ class Region:
         for chain, was, value in zip(new.chains, before, values, strict=True):
             # What an evaluation wrote itself (spectral norm's vectors) does not make it stale.
             state = was if was.compare(chain) is State.SAME else state_of(chain)
-            self.values.keep(chain, value, new.modes, state)
+            self.values.keep(chain, value, new.modes, state, new.saved)
         return values
 
     @property
@@ -426,28 +443,35 @@ def read(chain: Module, name: str = "") -> Tensor:
     return region.read(chain, name)
 
 
-def known_for(graph: Reader, chains: Sequence[Module]) -> list[Tensor] | None:
+def known_for(
+    graph: Reader, chains: Sequence[Module], reads: Sequence[Tensor]
+) -> list[Tensor] | None:
     """Return the values of a compiled graph's lists, if it was given some and these are right.
 
     Quicker than :func:`read_all`, which notes them.
     """
     region = step_of(chains[0]) or current()
-    return None if region is None else region.known_for(graph)
+    return None if region is None else region.known_for(graph, reads)
 
 
-def read_all(graph: Reader, parts: Sequence[tuple[list[Module], Evaluate | None]]) -> list[Tensor]:
+def read_all(
+    graph: Reader,
+    parts: Sequence[tuple[list[Module], Evaluate | None]],
+    reads: Sequence[Tensor],
+) -> list[Tensor]:
     """Return the values of the lists that a compiled graph reads.
 
     Args:
         graph: the graph.
         parts: lists, and what evaluates them together, if it is not eager code that does it.
+        reads: what the values are computed from, as the graph was given it.
     """
     chains = [chain for part, _ in parts for chain in part]
     regions = {step_of(chain) or current() for chain in chains}
     region = regions.pop()
     if regions or region is None:  # some are in an `accumulate()` block
         return list(map(read, chains))
-    return region.read_all(graph, parts)
+    return region.read_all(graph, parts, reads)
 
 
 read_untraced = untraced(read)

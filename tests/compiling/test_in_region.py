@@ -800,3 +800,54 @@ def test_values_that_are_computed_together_have_gradients_apart(scope: Any, back
     assert names == [name for name, p in twin.named_parameters() if p.grad is not None]
     mine, eager = (m[1].parametrizations.weight.original.grad for m in (twin, layers))
     assert_close(mine, eager, equal_nan=True)
+
+
+@pytest.mark.parametrize("written", ["original", "buffer"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_write_to_what_one_of_several_evaluations_saved(written: str, backend: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("by", torch.full((3, 3), 2.0, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x * self.by
+
+    layers = _layers(Scaled(), Scaled(), Scaled())
+    twin = copy.deepcopy(layers)
+
+    def forward(layers: nn.ModuleList) -> Tensor:
+        x = X
+        for layer in layers:
+            x = torch.tanh(layer(x))
+        return x
+
+    compiled = torch.compile(forward, backend=fxparam.backend(backend))
+    for run, m in ((compiled, twin), (forward, layers)):
+        with fxparam.cached(m):
+            run(m)
+            chain = m[0].parametrizations.weight
+            with torch.no_grad():
+                (chain.original if written == "original" else chain[0].by).mul_(2)
+            # Eager code reads a value of which nothing was written.
+            (m[1].weight.sum() + run(m).sum()).backward()
+    for a, b in zip(twin.parameters(), layers.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+
+
+def test_hooks_see_gradients_alone() -> None:
+    layers, seen = _layers(helpers.Counting(), helpers.Counting()), []
+    for name, p in layers.named_parameters():
+        p.register_hook(lambda gradient, name=name: seen.append((name, gradient is None)))
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(("after", p.grad is None)))
+    compiled = torch.compile(
+        lambda: layers[1](layers[0](X)), backend=fxparam.backend("aot_eager"), fullgraph=True
+    )
+    for scope in (fxparam.accumulate, fxparam.cached):
+        seen.clear()
+        with scope(layers):
+            compiled().sum().backward()
+        names = sorted(name for name, _ in layers.named_parameters())
+        assert sorted(name for name, _ in seen if name != "after") == names
+        assert len(seen) == 2 * len(names)
+        assert not any(missing for _, missing in seen)

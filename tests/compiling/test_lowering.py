@@ -191,3 +191,14 @@ def test_a_pass_that_fails_leaves_the_graph_as_it_was(monkeypatch: pytest.Monkey
     compiled = torch.compile(model, backend=fxparam.backend("aot_eager", strict=False))
     with pytest.warns(RuntimeWarning, match="compiled unshared"):
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_checkpoint_around_the_first_call_counts_no_tensor_of_the_passes() -> None:
+    model = nn.Sequential(*(weight_norm(nn.Linear(4, 4, dtype=torch.float64)) for _ in range(3)))
+    compiled = torch.compile(lambda x: model(model(x)), backend=fxparam.backend("aot_eager"))
+    x, results = torch.randn(3, 4, dtype=torch.float64), []
+    for run in (compiled, lambda x: model(model(x))):
+        model.zero_grad()
+        checkpoint(run, x, use_reentrant=False).sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results)
