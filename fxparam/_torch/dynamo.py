@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch.nn.utils import parametrize
 
+from fxparam._torch.ddp import backend_behind
 from fxparam._torch.names import lookup, tree_unflatten
 
 __all__ = [
@@ -242,14 +243,7 @@ def _translators() -> Iterator[Any]:
 
 def traced_for() -> object:
     """Return the backend for which Dynamo is tracing, without torch's wrappers around it."""
-    backend = tracer_output().compiler_fn
-    seen: list[object] = []
-    while backend is not None and backend not in seen:
-        seen.append(backend)
-        inner = getattr(backend, "_torchdynamo_orig_backend", None)
-        inner = inner or getattr(backend, "compiler_fn", None)
-        backend = inner or backend
-    return seen[-1] if seen else None
+    return backend_behind(tracer_output().compiler_fn)
 
 
 def dynamo_export(root: Any, args: tuple[Any, ...]) -> Any:

@@ -122,7 +122,7 @@ def is_torch(node: Node) -> bool:
     """Check whether the target is torch's or Python's own: safe to run again on fakes."""
     target = node.target
     if node.op == "call_method":
-        return hasattr(torch.Tensor, str(target))
+        return hasattr(torch.Tensor, str(target)) or _is_method_of_torchs_tensor(node)
     if node.op != "call_function":
         return False
     if isinstance(target, (OpOverload, OpOverloadPacket)):
@@ -142,6 +142,15 @@ def is_torch(node: Node) -> bool:
         )
         or _is_operator(target)
     )
+
+
+def _is_method_of_torchs_tensor(node: Node) -> bool:
+    """Check whether a method is one of a class of torch's that wraps tensors, as ``DTensor``."""
+    receiver = node.args[0] if node.args else None
+    meta = receiver.meta if isinstance(receiver, Node) else {}
+    cls = type(meta.get("example_value"))
+    own = issubclass(cls, torch.Tensor) and cls.__module__.startswith("torch.")
+    return own and callable(getattr(cls, str(node.target), None))
 
 
 def _is_operator(target: object) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "facts_of",
     "functorch_level",
     "geometry",
+    "inner_of",
     "is_view_of_another",
     "is_wrapper_subclass",
     "owns_memory",
@@ -37,15 +38,30 @@ _use_count = lookup("torch._C", "_storage_Use_Count")
 _is_wrapper_subclass = lookup("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 
 
+def inner_of(tensor: Any) -> Any:
+    """Return the one tensor that a wrapper holds, and a tensor that is none as it is.
+
+    A ``DTensor`` holds its local tensor. None for a wrapper that holds several, or none.
+    """
+    while is_wrapper_subclass(tensor):
+        held = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        inner = [each for each in held if isinstance(each, torch.Tensor)]
+        if len(inner) != 1:
+            return None
+        (tensor,) = inner
+    return tensor
+
+
 def storage_identity(tensor: Any) -> tuple[object, object]:
     """Return the storage behind ``tensor`` and a number that identifies it while it is held.
 
-    Once a storage is freed, another may get its number. ``(None, None)`` for a tensor without
-    storage: a wrapper subclass, a functorch wrapper, a sparse tensor. The number is the address of
+    Once a storage is freed, another may get its number. A wrapper that holds one tensor has that
+    one's. ``(None, None)`` for a tensor without storage: a wrapper of several, a functorch wrapper,
+    a sparse tensor. The number is the address of
     the storage as an object, not that of its data: a fake tensor has no data, and warns when asked.
     """
     try:
-        storage = tensor.untyped_storage()
+        storage = inner_of(tensor).untyped_storage()
         return storage, storage._cdata
     except (RuntimeError, NotImplementedError, AttributeError):
         return None, None

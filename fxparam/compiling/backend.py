@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import GraphModule
 
+from fxparam._torch.ddp import outside_split, see_whole_graphs
 from fxparam._torch.dynamo import (
     clear_trace_marks,
     compilation,
@@ -72,6 +73,7 @@ class Backend:
         self._lower, self._batch = lower, batch
         self._unshared: object = None  # the compilation whose graph a pass failed on
         self._first_readers = FirstReaders()
+        self._gets_parts = False  # of a graph that was given whole
         self.reports: list[Report] = []
         warn_of_artifacts()
 
@@ -115,13 +117,55 @@ class Backend:
         """
         warn_of_artifacts()
         inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
+        if self._gets_parts:
+            part: Callable[..., Any] = inner(gm, example_inputs)
+            return part
+        return self._compile(gm, example_inputs, inner, inner)
+
+    def compile_whole(
+        self, gm: GraphModule, inputs: Sequence[Any], split: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Hoist a graph that ``DistributedDataParallel`` has split, then let it be split.
+
+        Args:
+            gm: the graph.
+            inputs: those it is called with the first time.
+            split: compiles a graph in parts, each by a call of this backend.
+        """
+
+        def in_parts(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+            self._gets_parts = True
+            try:
+                return split(gm, inputs)
+            finally:
+                self._gets_parts = False
+
+        warn_of_artifacts()
+        inner = self._configured(self._mode, self._options)
+        return self._compile(gm, inputs, in_parts, outside_split(inner))
+
+    def _compile(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        inner: Callable[..., Any],
+        evaluations: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        """Hoist a graph and compile it.
+
+        Args:
+            gm: the graph.
+            example_inputs: those it is called with the first time.
+            inner: the backend that compiles it.
+            evaluations: the one that compiles what is evaluated in front of it, for a scope.
+        """
         compiled: Callable[..., Any]
         if not self.reads_marks:
             compiled = inner(gm, example_inputs)
             return compiled
         try:
             with named():
-                result, inner = self._share(gm, example_inputs, inner)
+                result, inner = self._share(gm, example_inputs, inner, evaluations)
         except PassFailedError as error:
             self._give_up(error)
         self._record(result)
@@ -137,7 +181,11 @@ class Backend:
         return compiled
 
     def _share(
-        self, gm: GraphModule, example_inputs: Sequence[Any], inner: Callable[..., Any]
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        inner: Callable[..., Any],
+        evaluations: Callable[..., Any],
     ) -> tuple[HoistResult, Callable[..., Any]]:
         """Run the passes; return what they did, and a backend for the graph as it is now."""
         settle(gm, trace_number())
@@ -153,7 +201,9 @@ class Backend:
             )
             result = self._cheaper(result)
         if is_in_a_region_around(gm):
-            inner = with_values_of_region(gm, example_inputs, inner, self._first_readers)
+            inner = with_values_of_region(
+                gm, example_inputs, inner, evaluations, self._first_readers
+            )
         return result, inner
 
     def _cheaper(self, result: HoistResult) -> HoistResult:
@@ -277,3 +327,4 @@ def backend(
 default = Backend("inductor")
 
 leave_own_frames_to_eager_code()
+see_whole_graphs(Backend)

@@ -28,7 +28,11 @@ _log = logging.getLogger("fxparam")
 
 
 def with_values_of_region(
-    gm: GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], first: FirstReaders
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    inner: Callable[..., Any],
+    evaluations: Callable[..., Any],
+    first: FirstReaders,
 ) -> Callable[..., Callable[..., Any]]:
     """Return a backend that lets ``inner`` compile the graph without the region's evaluations.
 
@@ -40,6 +44,7 @@ def with_values_of_region(
         gm: a hoisted graph of Dynamo's.
         inputs: those it is called with the first time.
         inner: the backend that compiles what is left.
+        evaluations: the one that compiles evaluations.
         first: the frames that have evaluations compiled.
 
     Raises:
@@ -57,7 +62,7 @@ def with_values_of_region(
     _log.info("%d values are those of the cached() region around the graph", len(outside))
 
     def evaluation(group: list[int], inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = _with_needed(inner, alone(group), inputs)
+        compiled = _with_needed(evaluations, alone(group), inputs)
         # A CUDA graph writes its results to the same memory when it is run again.
         copied = frozen and any(outside[i].value.is_cuda for i in group)
         return _copied(compiled) if copied else compiled

@@ -15,7 +15,7 @@ from torch.__future__ import get_swap_module_params_on_conversion
 from torch.nn import Module, Parameter
 
 from fxparam._torch.names import is_opaque_reference
-from fxparam._torch.tensors import is_wrapper_subclass
+from fxparam._torch.tensors import is_wrapper_subclass, share_memory
 from fxparam.eager.describe import first_names, kind_of
 
 __all__ = ["Writes", "initial_originals", "like_parameter", "register", "right_inverses"]
@@ -35,20 +35,45 @@ class Writes:
     def commit(self) -> None:
         """Do every write; if one fails, undo those before it and raise its error."""
         undo: list[tuple[Tensor, Tensor]] = []
+        last = len(self._planned) - 1
         with torch.no_grad():
             try:
-                for target, value in self._planned:
-                    before = target.detach()
-                    _write(target, value)
-                    undo.append((target, before))
+                for i, (target, value) in enumerate(self._planned):
+                    copied = _is_copied(target, value)
+                    if i < last:
+                        undo.append((target, target.clone() if copied else target.detach()))
+                    _write(target, value, copied)
             except BaseException:
-                for target, before in reversed(undo):
-                    _write(target, before)
+                for target, before in reversed(undo[:i]):
+                    _write(target, before, _is_copied(target, before))
                 raise
 
 
-def _write(target: Tensor, value: Tensor) -> None:
+def _is_copied(target: Tensor, value: Tensor) -> bool:
+    """Check whether the numbers of ``value`` can be written into the memory of ``target``.
+
+    So that hooks on the gradient of ``target`` stay, as those of ``DistributedDataParallel``, which
+    ``set_`` drops without a word.
+    """
+    alike = all(
+        getattr(target, what) == getattr(value, what)
+        for what in ("shape", "dtype", "device", "layout", "is_sparse", "is_quantized")
+    )
+    plain = not (is_wrapper_subclass(target) or is_wrapper_subclass(value))
+    return (
+        alike
+        and plain
+        and target.layout is torch.strided
+        and not target.is_meta
+        and (not target.is_inference() or torch.is_inference_mode_enabled())
+    )
+
+
+def _write(target: Tensor, value: Tensor, copied: bool) -> None:
     """Give ``target`` the data of ``value``, as ``torch.__future__`` says modules shall do it."""
+    if copied:
+        target.copy_(value.clone() if share_memory(target, value) else value)
+        return
     if not (get_swap_module_params_on_conversion() or is_wrapper_subclass(target)):
         target.set_(value)  # type: ignore[call-overload]
         return

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fxparam._torch.fsdp import shard_behind
 from fxparam._torch.names import inside_functorch
 from fxparam._torch.tensors import (
     functorch_level,
@@ -102,6 +103,9 @@ class Snapshot:
                 self._visit(child, own)
 
     def _add(self, tensor: Tensor) -> None:
+        shard = shard_behind(tensor)
+        if shard is not None:
+            self._add(shard)
         version = version_of(tensor)
         storage, address = storage_identity(tensor)
         self.objects.append(tensor)

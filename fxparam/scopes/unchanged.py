@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fxparam._torch.fsdp import shard_behind
 from fxparam._torch.tensors import are_unchanged, facts_of, storage_identity
 from fxparam.scopes.reach import (
     constants_of,
@@ -78,7 +79,7 @@ class Unchanged:
         self._in_cells = list(map(_contents, self._cells))
         held = (held for _, _, held in self._places)
         tensors = [each for each in (*held, *reached) if isinstance(each, Tensor)]
-        if not all(map(_is_plain, tensors)):
+        if not all(map(_is_plain, tensors)) or any(shard_behind(t) is not None for t in tensors):
             raise _NotListed
         self._facts = list(map(facts_of, tensors))
         # So that no other storage gets the address of one of these.

@@ -20,6 +20,8 @@ __all__ = ["key_of", "literal_key"]
 
 _PLAIN = (bool, int, str, bytes, type(None), type(...))
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Compared by an operation of a graph.
+_COMPUTED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def key_of(gm: GraphModule, node: Node, number: Mapping[Node, Hashable]) -> Hashable | None:
@@ -76,4 +78,13 @@ def literal_key(value: Any) -> Hashable:
     if isinstance(value, functools.partial):  # Dynamo makes a new one each time it meets it
         bound = tuple((k, literal_key(v)) for k, v in sorted(value.keywords.items()))
         return (functools.partial, literal_key(value.func), literal_key(value.args), bound)
+    if _is_value_of_torch(value):
+        return (type(value), value)
     return ("object", id(value))
+
+
+def _is_value_of_torch(value: Any) -> bool:
+    """Check whether torch compares objects of a class by what they say: placements, meshes."""
+    cls: Any = type(value)
+    compared = cls.__eq__ is not object.__eq__ and cls.__hash__ not in (None, object.__hash__)
+    return compared and cls.__module__.startswith("torch.") and not isinstance(value, _COMPUTED)

@@ -255,10 +255,15 @@ def _describe(leaf: Any) -> Hashable:
         if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return ("sym", str(leaf), leaf.node.hint)
         return literal_key(leaf)
-    if leaf.layout is not torch.strided or is_wrapper_subclass(leaf):
+    if leaf.layout is not torch.strided:
         raise NotImplementedError(type(leaf))
     shape = tuple(map(_hint, leaf.shape)), tuple(map(_hint, leaf.stride()))
-    return ("tensor", *shape, leaf.dtype, leaf.device, leaf.requires_grad)
+    own = (*shape, leaf.dtype, leaf.device, leaf.requires_grad)
+    if not is_wrapper_subclass(leaf):
+        return ("tensor", *own)
+    names, described = leaf.__tensor_flatten__()  # type: ignore[attr-defined]
+    held = tuple((name, _describe(getattr(leaf, name))) for name in names)
+    return (type(leaf), *own, held, literal_key(described))
 
 
 def _spec(value: Any, seat: dict[Node, int]) -> Hashable:
@@ -286,6 +291,10 @@ def _fake(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     shape, stride = tuple(map(_hint, leaf.shape)), tuple(map(_hint, leaf.stride()))
+    if is_wrapper_subclass(leaf):
+        names, described = leaf.__tensor_flatten__()  # type: ignore[attr-defined]
+        held = {name: _fake(getattr(leaf, name)) for name in names}
+        return type(leaf).__tensor_unflatten__(held, described, shape, stride)  # type: ignore[attr-defined]
     fake = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
     return fake.requires_grad_(leaf.requires_grad)
 

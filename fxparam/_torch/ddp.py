@@ -1,0 +1,99 @@
+"""The place where Dynamo splits the graph of a model in ``DistributedDataParallel``.
+
+``DDPOptimizer`` splits a graph by DDP's buckets, so that gradients are reduced while others are
+still computed, and gives a backend one part after the other. Sharing needs the whole graph. There
+is no public place before the split: a backend is called behind it. The method that splits is
+therefore put in a function of ours, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fxparam._torch.names import lookup
+
+__all__ = [
+    "SeesWholeGraphs",
+    "backend_behind",
+    "is_split_known",
+    "outside_split",
+    "see_whole_graphs",
+]
+
+Split = Callable[..., Callable[..., Any]]
+
+
+class SeesWholeGraphs(Protocol):
+    """A backend that is given a graph before it is split."""
+
+    def compile_whole(
+        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], split: Split
+    ) -> Callable[..., Any]:
+        """Compile a graph with ``split``, which calls this backend with its parts."""
+
+
+def backend_behind(backend: object) -> object:
+    """Return the backend that a user has given, without torch's wrappers around it."""
+    seen: list[object] = []
+    while backend is not None and backend not in seen:
+        seen.append(backend)
+        splitter = getattr(backend, "__self__", None)
+        inner = getattr(backend, "_torchdynamo_orig_backend", None)
+        inner = inner or getattr(backend, "compiler_fn", None)
+        inner = inner or getattr(splitter, "backend_compile_fn", None)
+        backend = inner or backend
+    return seen[-1] if seen else None
+
+
+def see_whole_graphs(kind: type[SeesWholeGraphs]) -> None:
+    """Let backends of a kind have graphs before ``DDPOptimizer`` splits them."""
+    splitter = _splitter()
+    split = getattr(splitter, "compile_fn", None)
+    if split is None or hasattr(split, "of_fxparam"):
+        return
+
+    @functools.wraps(split)
+    def compile_fn(self: Any, gm: Any, example_inputs: Any, **settings: Any) -> Any:
+        backend = backend_behind(self.backend_compile_fn)
+        parts = functools.partial(split, self, **settings)
+        if isinstance(backend, kind):
+            return backend.compile_whole(gm, example_inputs, parts)
+        return parts(gm, example_inputs)
+
+    compile_fn.of_fxparam = True  # type: ignore[attr-defined]
+    splitter.compile_fn = compile_fn
+
+
+def is_split_known() -> bool:
+    """Check whether backends have graphs before they are split."""
+    return hasattr(getattr(_splitter(), "compile_fn", None), "of_fxparam")
+
+
+def outside_split(compile: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a backend for graphs that are no parts of the one that Dynamo is compiling.
+
+    AOTAutograd counts the parts of a graph that was split, forward and backward, and would count
+    these as well.
+    """
+
+    @functools.wraps(compile)
+    def outside(gm: Any, inputs: Any) -> Any:
+        context = copy.copy(lookup("torch._guards", "TracingContext").get())
+        context.ddp_optimizer_ctx = None
+        with lookup("torch._guards", "tracing")(context):
+            return compile(gm, inputs)
+
+    return outside
+
+
+def _splitter() -> Any:
+    """Return the class that splits graphs; None for a torch without one, or without distributed."""
+    try:
+        return lookup("torch._dynamo.backends.distributed", "DDPOptimizer")
+    except (ImportError, AttributeError, RuntimeError):
+        return None
