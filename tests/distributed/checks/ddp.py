@@ -1,0 +1,120 @@
+"""``DistributedDataParallel``: the passes see a graph before it is split by buckets."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fxparam
+from tests.distributed.models import Recurrent, Step, batch, model, one_step
+
+_MANY = 1e-4  # megabytes, of a bucket
+
+
+class InARegion(Recurrent):
+    def forward(self, x: Tensor) -> Tensor:
+        with fxparam.cached():
+            return super().forward(x)
+
+
+def _wrapped(module: nn.Module, buckets: float = _MANY) -> DistributedDataParallel:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 200  # type: ignore[attr-defined]
+    return DistributedDataParallel(module, bucket_cap_mb=buckets)
+
+
+def _step(kind: str, region: str = "none", buckets: float = _MANY) -> Step:
+    module = model(kind)
+    if region == "inside":
+        module.__class__ = InARegion
+    ddp = _wrapped(module, buckets)
+    compiled = torch.compile(ddp, backend=fxparam.backend("aot_eager"))
+
+    def run() -> Any:
+        with fxparam.cached() if region == "around" else nullcontext():
+            output = compiled(batch())
+            output.square().mean().backward()
+            return output.detach()
+
+    return one_step(ddp, run, kind)
+
+
+def check_evaluations_are_shared_across_buckets() -> None:
+    for kind in ("pure", "orthogonal"):
+        for region in ("none", "inside", "around"):
+            step = _step(kind, region)
+            assert step.evaluations == (2, 2), (kind, region, step)
+            assert step.collectives, step
+
+
+def check_one_bucket() -> None:
+    assert _step("pure", buckets=25).evaluations == (2, 2)
+
+
+def check_a_failing_pass_leaves_the_split_alone() -> None:
+    ddp = _wrapped(model("pure"))
+    backend = fxparam.backend("aot_eager", strict=False)
+    original, backend._share = backend._share, None  # type: ignore[assignment]
+    assert original is not None
+    try:
+        torch.compile(ddp, backend=backend)(batch())
+    except TypeError:
+        return
+    raise AssertionError("a pass that is missing was not missed")
+
+
+def _differ(module: nn.Module) -> list[str]:
+    """The names of the parameters whose gradients are not the same on all ranks."""
+    found = []
+    for name, p in module.named_parameters():
+        every = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, p.grad.contiguous())  # type: ignore[union-attr]
+        if not all(torch.equal(each, every[0]) for each in every):
+            found.append(name)
+    return found
+
+
+def check_assignments_keep_the_hooks_of_gradients() -> None:
+    weight = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0]
+    for change in ("assign", "remove", "register"):
+        module = model("plain" if change == "register" else "pure")
+        ddp = _wrapped(module)
+        ddp(batch()).sum().backward()
+        ddp.zero_grad()
+        if change == "assign":
+            module.cell.wh.weight = nn.Parameter(weight)
+        elif change == "remove":
+            fxparam.remove_parametrizations(module.cell.wh, "weight")
+        else:
+            fxparam.register_parametrization(module.cell.wh, "weight", Half())
+        ddp(batch()).square().mean().backward()
+        assert _differ(module) == [], change
+
+
+class Half(nn.Module):
+    """Stores twice of what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def check_micro_batches_are_reduced_once() -> None:
+    ddp = _wrapped(model("pure"))
+    compiled = torch.compile(ddp, backend=fxparam.backend("aot_eager"))
+
+    def run() -> Any:
+        with fxparam.accumulate(ddp.module):
+            for last in (False, True):
+                with nullcontext() if last else ddp.no_sync():
+                    output = compiled(batch())
+                    (output.square().mean() / 2).backward()
+        return output.detach()
+
+    assert one_step(ddp, run, "pure").evaluations == (2, 2)
