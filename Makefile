@@ -11,7 +11,7 @@ N ?= 1000
 # Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-newest lint bench fuzz interop clean
+.PHONY: demo test test-newest lint distributed bench fuzz interop clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+distributed: $(STAMP)
+	FXPARAM_RANKS=4 $(BIN)/python -m pytest -q tests/distributed $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,26 +34,28 @@ def names(engine: str) -> list[str]:
 def outcomes(engine: str) -> dict[str, str]:
     """For each check of an engine what it raised, on whichever rank; empty if nothing."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command, "-m", "tests.distributed.worker", engine],
-        cwd=_ROOT,
-        env={
-            **os.environ,
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "PYTHONPATH": str(_ROOT),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
     found: dict[str, str] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("outcome "):
-            name, _, error = json.loads(line.removeprefix("outcome "))
-            found[name] = found.get(name, "") + error
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *command]
+            + ["-m", "tests.distributed.worker", engine, folder],
+            cwd=_ROOT,
+            env={
+                **os.environ,
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                "PYTHONPATH": str(_ROOT),
+            },
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        for path in Path(folder).iterdir():
+            for line in path.read_text().splitlines():
+                name, error = json.loads(line)
+                found[name] = found.get(name, "") + error
     if not found:
         raise RuntimeError(f"no check has run:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return found

@@ -317,3 +317,39 @@ def test_a_parametrized_original_is_served_in_full() -> None:
         assert twin.weight is stored and "weight" in twin._parameters
         assert_close(stored.detach(), expected.detach())
     assert layer.parametrizations.weight.parametrizations.original.original is weight
+
+
+@pytest.mark.parametrize("change", ["assign", "register", "remove"])
+def test_hooks_on_the_gradient_of_an_original_stay(change: str) -> None:
+    layer = nn.Linear(3, 3)
+    original = layer.weight
+    if change != "register":
+        ours.register_parametrization(layer, "weight", Twice())
+    node = torch.autograd.graph.get_gradient_edge(original).node
+    calls: list[int] = []
+    node.register_hook(lambda *_: calls.append(1))
+    if change == "assign":
+        layer.weight = torch.ones(3, 3)
+    elif change == "register":
+        ours.register_parametrization(layer, "weight", Twice())
+    else:
+        ours.remove_parametrizations(layer, "weight")
+    layer(torch.ones(1, 3)).sum().backward()
+    assert calls == [1]
+    assert torch.autograd.graph.get_gradient_edge(original).node is node
+
+
+def test_an_assigned_view_of_the_original() -> None:
+    layer = ours.register_parametrization(nn.Linear(3, 3), "weight", nn.Identity())
+    layer.parametrizations.weight[0].right_inverse = lambda value: value  # type: ignore[assignment]
+    before = layer.weight.detach().clone()
+    layer.weight = layer.parametrizations.weight.original.T
+    assert torch.equal(layer.weight, before.T)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2

@@ -95,3 +95,14 @@ def test_what_computes_nothing_has_no_key() -> None:
     x = s.input()
     gm: GraphModule = s.returns(x)
     assert [key_of(gm, node, {x: 0}) for node in gm.graph.nodes] == [None, None]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is without distributed")
+def test_placements_are_compared_by_what_they_say() -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    different = [Shard(0), Shard(1), Replicate(), Partial("avg"), Partial("sum")]
+    for a, b in itertools.combinations(different, 2):
+        assert literal_key([a]) != literal_key([b]), (a, b)
+    again = [Shard(0), Shard(1), Replicate(), Partial("avg"), Partial("sum")]
+    assert literal_key(different) == literal_key(again)
