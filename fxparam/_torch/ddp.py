@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,9 +21,9 @@ from fxparam._torch.names import lookup
 __all__ = [
     "SeesWholeGraphs",
     "backend_behind",
-    "is_split_known",
     "outside_split",
     "see_whole_graphs",
+    "warn_of_parts",
 ]
 
 Split = Callable[..., Callable[..., Any]]
@@ -69,9 +70,16 @@ def see_whole_graphs(kind: type[SeesWholeGraphs]) -> None:
     splitter.compile_fn = compile_fn
 
 
-def is_split_known() -> bool:
-    """Check whether backends have graphs before they are split."""
-    return hasattr(getattr(_splitter(), "compile_fn", None), "of_fxparam")
+@functools.cache
+def warn_of_parts() -> None:
+    """Warn, once, if ranks are at work and this torch has no such place before the split."""
+    if not hasattr(getattr(_splitter(), "compile_fn", None), "of_fxparam"):
+        warnings.warn(
+            "fxparam does not know where this torch splits the graphs of DistributedDataParallel, "
+            "and shares evaluations in each part alone.\n"
+            "Set torch._dynamo.config.optimize_ddp = False to have whole graphs.",
+            stacklevel=2,
+        )
 
 
 def outside_split(compile: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,5 +103,5 @@ def _splitter() -> Any:
     """Return the class that splits graphs; None for a torch without one, or without distributed."""
     try:
         return lookup("torch._dynamo.backends.distributed", "DDPOptimizer")
-    except (ImportError, AttributeError, RuntimeError):
+    except ImportError:
         return None

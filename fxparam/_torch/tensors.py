@@ -57,8 +57,8 @@ def storage_identity(tensor: Any) -> tuple[object, object]:
 
     Once a storage is freed, another may get its number. A wrapper that holds one tensor has that
     one's. ``(None, None)`` for a tensor without storage: a wrapper of several, a functorch wrapper,
-    a sparse tensor. The number is the address of
-    the storage as an object, not that of its data: a fake tensor has no data, and warns when asked.
+    a sparse tensor. The number is the address of the storage as an object, not that of its data: a
+    fake tensor has no data, and warns when asked.
     """
     try:
         storage = inner_of(tensor).untyped_storage()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import GraphModule
 
-from fxparam._torch.ddp import outside_split, see_whole_graphs
+from fxparam._torch.ddp import outside_split, see_whole_graphs, warn_of_parts
 from fxparam._torch.dynamo import (
     clear_trace_marks,
     compilation,
@@ -120,12 +120,14 @@ class Backend:
         if self._gets_parts:
             part: Callable[..., Any] = inner(gm, example_inputs)
             return part
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            warn_of_parts()
         return self._compile(gm, example_inputs, inner, inner)
 
     def compile_whole(
         self, gm: GraphModule, inputs: Sequence[Any], split: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Hoist a graph that ``DistributedDataParallel`` has split, then let it be split.
+        """Hoist a graph of a model in ``DistributedDataParallel``, then let it be split.
 
         Args:
             gm: the graph.

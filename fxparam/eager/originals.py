@@ -57,16 +57,13 @@ def _is_copied(target: Tensor, value: Tensor) -> bool:
     """
     alike = all(
         getattr(target, what) == getattr(value, what)
-        for what in ("shape", "dtype", "device", "layout", "is_sparse", "is_quantized")
+        for what in ("shape", "dtype", "device", "layout")
     )
-    plain = not (is_wrapper_subclass(target) or is_wrapper_subclass(value))
-    return (
-        alike
-        and plain
-        and target.layout is torch.strided
-        and not target.is_meta
-        and (not target.is_inference() or torch.is_inference_mode_enabled())
-    )
+    if not alike or is_wrapper_subclass(target) or is_wrapper_subclass(value):
+        return False
+    if target.layout is not torch.strided or target.is_meta or 0 in target.stride():
+        return False  # without memory, or with numbers that share theirs
+    return not target.is_inference() or torch.is_inference_mode_enabled()
 
 
 def _write(target: Tensor, value: Tensor, copied: bool) -> None:

@@ -124,3 +124,22 @@ def check_micro_batches_are_reduced_once() -> None:
         return output.detach()
 
     assert one_step(ddp, run, "pure").evaluations == (2, 2)
+
+
+def check_parts_that_are_not_known_are_warned_of() -> None:
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    from fxparam._torch import ddp
+
+    known, ours = DDPOptimizer.compile_fn, ddp.warn_of_parts
+    DDPOptimizer.compile_fn = known.__wrapped__  # as in a torch that splits elsewhere
+    ours.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = torch.compile(_wrapped(module := model("pure")), backend="fxparam")(batch())
+    finally:
+        DDPOptimizer.compile_fn = known
+        ours.cache_clear()
+    assert any("optimize_ddp = False" in str(each.message) for each in caught)
+    torch.testing.assert_close(output, module(batch()))
