@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import GraphModule
 
+from fxparam._torch.collectives import collectives_of
 from fxparam._torch.ddp import outside_split, see_whole_graphs, warn_of_parts
 from fxparam._torch.dynamo import (
     clear_trace_marks,
@@ -24,6 +25,7 @@ from fxparam._torch.guards import guard_shared_memory
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.artifacts import warn_of_artifacts
+from fxparam.compiling.check_ranks import check_ranks
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
@@ -67,10 +69,11 @@ class Backend:
         strict: bool | None = None,
         lower: bool = True,
         batch: bool = True,
+        check_ranks: bool = False,
     ) -> None:
         self._inner, self._mode, self._options = inner, mode, options or {}
         self._max_bytes, self._strict = max_bytes, strict
-        self._lower, self._batch = lower, batch
+        self._lower, self._batch, self._check_ranks = lower, batch, check_ranks
         self._unshared: object = None  # the compilation whose graph a pass failed on
         self._first_readers = FirstReaders()
         self._gets_parts = False  # of a graph that was given whole
@@ -89,6 +92,8 @@ class Backend:
             given["lower"] = False
         if not self._batch:
             given["batch"] = False
+        if self._check_ranks:
+            given["check_ranks"] = True
         options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
         return f"fxparam.backend({inner!r}{options})"
 
@@ -171,6 +176,8 @@ class Backend:
         except PassFailedError as error:
             self._give_up(error)
         self._record(result)
+        if self._check_ranks:
+            check_ranks(result.graph_module, result.report)
         if len(result.apart) > 1:
             guard_shared_memory(result.apart)
         if result.has_bodies:
@@ -199,7 +206,8 @@ class Backend:
                 gm,
                 grad_enabled=torch.is_grad_enabled(),
                 autocast_now=True,
-                max_bytes=self._max_bytes,
+                # Of a rank's own sizes; ranks that decide differently would wait for each other.
+                max_bytes=math.inf if collectives_of(gm) else self._max_bytes,
             )
             result = self._cheaper(result)
         if is_in_a_region_around(gm):
@@ -278,6 +286,7 @@ def backend(
     strict: bool | None = None,
     lower: bool = True,
     batch: bool = True,
+    check_ranks: bool = False,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -288,7 +297,8 @@ def backend(
         inner: any backend that ``torch.compile`` takes: a registered name, or a callable from a
             ``GraphModule`` and example inputs to a callable.
         mode: as ``torch.compile``'s, handed to ``inner``.
-        max_bytes: a value with more bytes than this is not shared: a shared value lives longer.
+        max_bytes: a value with more bytes than this is not shared: a shared value lives longer. It
+            does not count in a graph with collectives, as ranks may have values of other sizes.
         strict: what happens if a pass of this backend fails on a graph. True: an error. False: a
             warning, and the graph is compiled as it was captured. None: True if the environment has
             ``FXPARAM_STRICT=1``. With ``FXPARAM_DISABLE=1`` no graph is shared at all.
@@ -296,12 +306,14 @@ def backend(
             function and derivative up to rounding.
         batch: evaluations of different tensors that are the same computation, of the same shapes,
             run as one where that is faster. False: each runs by itself.
+        check_ranks: True: while ranks compile a graph with collectives, they compare what they
+            share, and raise within 20 seconds if they differ. Else they would wait for each other.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
         ValueError: ``inner`` is no registered backend.
         TypeError: ``inner`` is neither a string nor callable, ``max_bytes`` is no number, or
-            ``lower`` or ``batch`` no bool.
+            ``lower``, ``batch`` or ``check_ranks`` no bool.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 
@@ -319,10 +331,11 @@ def backend(
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
     if not isinstance(max_bytes, (int, float)):
         raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
-    for name, switch in (("lower", lower), ("batch", batch)):
+    switches = {"lower": lower, "batch": batch, "check_ranks": check_ranks}
+    for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise TypeError(f"{name} must be True or False: got {switch!r}")
-    return Backend(inner, mode, options, max_bytes, strict, lower, batch)
+    return Backend(inner, mode, options, max_bytes, strict, lower, batch, check_ranks)
 
 
 #: What the entry point ``fxparam`` names.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fxparam
+from fxparam.compiling import check_ranks
 from tests import helpers
 from tests.distributed.models import WIDTH, Step, batch, model, one_step
 
@@ -108,3 +110,66 @@ def check_plain_weights_beside_dtensors() -> None:
 
         assert helpers.counted(run) == (1, 1), engine
         torch.testing.assert_close(results[-1], expected)
+
+
+class Gathered(nn.Module):
+    """Gathers the rows of a parameter, of which ranks may have other numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = functional_collectives.all_gather_tensor_autograd(
+            x.sin().sum(0, keepdim=True), 0, dist.group.WORLD
+        )
+        return x * rows.sum(0)
+
+
+class Rows(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, WIDTH))
+        fxparam.register_parametrization(self, "weight", Gathered())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + torch.tanh(x @ self.weight.mT) @ self.weight
+        return x
+
+
+def check_sizes_of_a_rank_decide_nothing() -> None:
+    rank = dist.get_rank()
+    module = Rows(9 - rank)
+    size = 8 * WIDTH * 4  # what rank 0 has is larger
+    backend = fxparam.backend("aot_eager", max_bytes=size, check_ranks=True)
+    module(batch()).sum().backward()
+    expected = module.weight.detach(), module.parametrizations.weight.original.grad
+    module.zero_grad()
+    torch.compile(module, backend=backend, fullgraph=True)(batch()).sum().backward()
+    assert backend.reports[-1].entries[0].runs == 1
+    torch.testing.assert_close(module.parametrizations.weight.original.grad, expected[1])
+
+
+def check_ranks_may_compile_anew_alone() -> None:
+    compiled = torch.compile(
+        Rows(8), backend=fxparam.backend("aot_eager", check_ranks=True), fullgraph=True
+    )
+    compiled(batch())
+    compiled(torch.cat([batch()] * (dist.get_rank() + 1)))
+
+
+def check_ranks_that_differ_raise() -> None:
+    check_ranks._SECONDS = 5
+    module = Rows(8)
+
+    def run(x: Tensor) -> Tensor:
+        x = x @ module.weight.mT
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return x @ module.weight
+
+    message = ""
+    try:
+        torch.compile(run, backend=fxparam.backend("aot_eager", check_ranks=True))(batch())
+    except Exception as error:
+        message = str(error)
+    assert "Ranks would run other collectives" in message, message
+    assert "evaluated 2 times, now 1" in message, message
+    dist.barrier()
