@@ -459,13 +459,7 @@ def read_all(
     parts: Sequence[tuple[list[Module], Evaluate | None]],
     reads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the values of the lists that a compiled graph reads.
-
-    Args:
-        graph: the graph.
-        parts: lists, and what evaluates them together, if it is not eager code that does it.
-        reads: what the values are computed from, as the graph was given it.
-    """
+    """Return the values of the lists that a compiled graph reads, as :meth:`Region.read_all`."""
     chains = [chain for part, _ in parts for chain in part]
     regions = {step_of(chain) or current() for chain in chains}
     region = regions.pop()
