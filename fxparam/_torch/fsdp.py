@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = ["shard_behind"]
 
-# For tensors that were asked for, by identity, what holds them weakly, and their shard.
-_known: dict[int, tuple[ref[Tensor], ref[Any] | None]] = {}
+# What gathers a tensor, by the identity of the tensor. There is no reference to the tensor itself:
+# torch swaps none that has weak ones.
+_known: dict[int, ref[Any]] = {}
 
 
 def shard_behind(tensor: Tensor) -> Tensor | None:
@@ -28,22 +29,14 @@ def shard_behind(tensor: Tensor) -> Tensor | None:
     if "torch.distributed.fsdp" not in sys.modules:
         return None
     known = _known.get(id(tensor))
-    if known is None:
-        known = _known[id(tensor)] = ref(tensor, _forgetting(id(tensor))), _find(tensor)
-    parameter = None if known[1] is None else known[1]()
-    return None if parameter is None else parameter.sharded_param
-
-
-def _forgetting(identity: int) -> Any:
-    return lambda _: _known.pop(identity, None)
-
-
-def _find(tensor: Tensor) -> ref[Any] | None:
-    """Return what gathers a tensor."""
-    for parameter in _parameters():
-        if getattr(parameter, "_unsharded_param", None) is tensor:
-            return ref(parameter)
-    return None
+    found = None if known is None else known()
+    if found is None or getattr(found, "_unsharded_param", None) is not tensor:
+        _known.clear()
+        for each in _parameters():
+            _known[id(getattr(each, "_unsharded_param", each))] = ref(each)
+        known = _known.get(id(tensor))
+        found = None if known is None else known()
+    return None if found is None else found.sharded_param
 
 
 def _parameters() -> Iterator[Any]:

@@ -15,7 +15,7 @@ from torch.__future__ import get_swap_module_params_on_conversion
 from torch.nn import Module, Parameter
 
 from fxparam._torch.names import is_opaque_reference
-from fxparam._torch.tensors import is_wrapper_subclass, share_memory
+from fxparam._torch.tensors import is_wrapper_subclass
 from fxparam.eager.describe import first_names, kind_of
 
 __all__ = ["Writes", "initial_originals", "like_parameter", "register", "right_inverses"]
@@ -35,50 +35,45 @@ class Writes:
     def commit(self) -> None:
         """Do every write; if one fails, undo those before it and raise its error."""
         undo: list[tuple[Tensor, Tensor]] = []
-        last = len(self._planned) - 1
         with torch.no_grad():
             try:
-                for i, (target, value) in enumerate(self._planned):
-                    copied = _is_copied(target, value)
-                    if i < last:
-                        undo.append((target, target.clone() if copied else target.detach()))
-                    _write(target, value, copied)
+                for target, value in self._planned:
+                    before = target.detach()
+                    _write(target, value)
+                    undo.append((target, before))
             except BaseException:
-                for target, before in reversed(undo[:i]):
-                    _write(target, before, _is_copied(target, before))
+                for target, before in reversed(undo):
+                    _write(target, before)
                 raise
 
 
-def _is_copied(target: Tensor, value: Tensor) -> bool:
-    """Check whether the numbers of ``value`` can be written into the memory of ``target``.
+def _write(target: Tensor, value: Tensor) -> None:
+    """Give ``target`` the data of ``value``, as ``torch.__future__`` says modules shall do it.
 
-    So that hooks on the gradient of ``target`` stay, as those of ``DistributedDataParallel``, which
-    ``set_`` drops without a word.
+    Hooks on the gradient of ``target`` stay if it keeps its shape, dtype and device, as those of
+    ``DistributedDataParallel``. ``Tensor.set_`` drops them without a word.
     """
-    alike = all(
-        getattr(target, what) == getattr(value, what)
-        for what in ("shape", "dtype", "device", "layout")
-    )
-    if not alike or is_wrapper_subclass(target) or is_wrapper_subclass(value):
-        return False
-    if target.layout is not torch.strided or target.is_meta or 0 in target.stride():
-        return False  # without memory, or with numbers that share theirs
-    return not target.is_inference() or torch.is_inference_mode_enabled()
-
-
-def _write(target: Tensor, value: Tensor, copied: bool) -> None:
-    """Give ``target`` the data of ``value``, as ``torch.__future__`` says modules shall do it."""
-    if copied:
-        target.copy_(value.clone() if share_memory(target, value) else value)
-        return
     if not (get_swap_module_params_on_conversion() or is_wrapper_subclass(target)):
-        target.set_(value)  # type: ignore[call-overload]
+        if _is_alike(target, value):
+            target.data = value.detach()
+            torch.autograd.graph.increment_version(target)  # which `data` does not
+        else:
+            target.set_(value)  # type: ignore[call-overload]
         return
     # An alias: swapping takes away the tensor it is given, and nobody else may hold that.
     value = value.detach()
     if isinstance(target, Parameter):
         value = Parameter(value, requires_grad=target.requires_grad)
     torch.utils.swap_tensors(target, value)  # type: ignore[no-untyped-call]
+
+
+def _is_alike(target: Tensor, value: Tensor) -> bool:
+    alike = all(
+        getattr(target, what) == getattr(value, what)
+        for what in ("shape", "dtype", "device", "layout")
+    )
+    plain = not (is_wrapper_subclass(value) or target.is_inference() or value.is_inference())
+    return alike and plain and not torch.compiler.is_compiling()
 
 
 def register(module: Module, name: str, tensor: Tensor) -> None:

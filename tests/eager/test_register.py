@@ -353,3 +353,20 @@ class Twice(nn.Module):
 
     def right_inverse(self, x: Tensor) -> Tensor:
         return x / 2
+
+
+def test_a_tensor_that_a_parametrization_keeps_is_not_written() -> None:
+    class Offset(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base + x
+
+        def right_inverse(self, x: Tensor) -> Tensor:
+            self.base = x.detach()
+            return torch.zeros_like(x)
+
+    layer = nn.Linear(3, 3)
+    before = layer.weight.detach().clone()
+    ours.register_parametrization(layer, "weight", Offset())
+    assert torch.equal(layer.weight, before)
+    layer.weight = torch.ones(3, 3)
+    assert torch.equal(layer.weight, torch.ones(3, 3))
