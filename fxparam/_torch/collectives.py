@@ -9,7 +9,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam._torch.fx import op_name
-from fxparam._torch.names import lookup, tree_flatten
+from fxparam._torch.names import (
+    OpOverload,
+    OpOverloadPacket,
+    lookup,
+    qualified_name,
+    tree_flatten,
+)
 from fxparam._torch.tensors import is_wrapper_subclass
 
 __all__ = ["collectives_of", "ranks", "store_of_ranks"]
@@ -27,19 +33,19 @@ def collectives_of(gm: GraphModule) -> list[str]:
 def _waiting(gm: GraphModule) -> Iterator[Node]:
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method") and (
-            "c10d" in _namespace(node.target) or any(map(_is_distributed, (node, *node.args)))
+            _is_collective(node.target) or any(map(_is_distributed, (node, *node.all_input_nodes)))
         ):
             yield node
 
 
-def _namespace(target: Any) -> str:
-    packet = getattr(target, "overloadpacket", target)
-    return str(getattr(packet, "_qualified_op_name", ""))
+def _is_collective(target: object) -> bool:
+    is_op = isinstance(target, (OpOverload, OpOverloadPacket))
+    return is_op and "c10d" in qualified_name(target).partition("::")[0]
 
 
-def _is_distributed(argument: object) -> bool:
+def _is_distributed(node: Node) -> bool:
     """Check whether a node's value holds a tensor that is spread over ranks."""
-    value = argument.meta.get("example_value") if isinstance(argument, Node) else None
+    value = node.meta.get("example_value")
     return any(
         isinstance(leaf, torch.Tensor)
         and is_wrapper_subclass(leaf)

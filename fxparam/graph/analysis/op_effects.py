@@ -261,6 +261,9 @@ def _describe(leaf: Any) -> Hashable:
     own = (*shape, leaf.dtype, leaf.device, leaf.requires_grad)
     if not is_wrapper_subclass(leaf):
         return ("tensor", *own)
+    if not type(leaf).__module__.startswith("torch."):
+        # What its own code does to the tensor that it holds, no schema tells.
+        raise NotImplementedError(type(leaf))
     names, described = leaf.__tensor_flatten__()  # type: ignore[attr-defined]
     held = tuple((name, _describe(getattr(leaf, name))) for name in names)
     return (type(leaf), *own, held, literal_key(described))

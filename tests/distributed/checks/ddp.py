@@ -123,7 +123,10 @@ def check_micro_batches_are_reduced_once() -> None:
                     (output.square().mean() / 2).backward()
         return output.detach()
 
-    assert one_step(ddp, run, "pure").evaluations == (2, 2)
+    step = one_step(ddp, run, "pure")
+    assert step.evaluations == (2, 2)
+    plain = _step("pure")  # of one batch
+    assert 0 < step.collectives["all_reduce"] <= plain.collectives["all_reduce"], (step, plain)
 
 
 def check_parts_that_are_not_known_are_warned_of() -> None:

@@ -255,3 +255,35 @@ def test_fakes_may_have_other_strides() -> None:
             flat.mul_(2)
         gradients.append(torch.autograd.grad(y.sum(), x))
     torch.testing.assert_close(*gradients)
+
+
+class _Counting(torch.Tensor):
+    """Holds one tensor, and writes it whenever an op is done."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> _Counting:
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> _Counting:
+        return _Counting(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args[0].held.add_(1)
+        return _Counting(args[0].held.clone())
+
+
+def test_what_a_subclass_of_others_does_is_not_known() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = _Counting(torch.ones(2))
+    node = graph.call_function(torch.sin, (x,))
+    graph.output(node)
+    assert not op_effects.Ops().effects(node).known
