@@ -4,7 +4,8 @@
 
 Times are the smallest of some runs, in one process on one thread, in milliseconds: of matrices one
 by one, as a compiled graph runs them. Errors are those of value and gradient in float32 against
-float64, relative to their norms.
+float64, relative to their norms. A second table has what is left as it is: forward, and with
+backward.
 """
 
 from __future__ import annotations
@@ -109,6 +110,44 @@ def _rows() -> Iterator[_Row]:
         yield _measured("reflectors", torch.orgqr, compact_wy, _reflectors(*shape))
 
 
+def _cayley(a: Tensor) -> Tensor:
+    skew, one = a - a.mT, torch.eye(len(a))
+    return torch.linalg.solve(one + skew, one - skew)
+
+
+def _polar(a: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(a, full_matrices=False)
+    return u @ vh
+
+
+def _by_eigenvalues(a: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(a + a.mT)
+    return vectors * values.exp() @ vectors.mT
+
+
+_UNCHANGED: dict[str, _Map] = {
+    "Cayley": _cayley,
+    "`qr`": lambda a: torch.linalg.qr(a)[0],
+    "`svd`, its two bases": _polar,
+    "`eigh`, of a function": _by_eigenvalues,
+    "`inv`": lambda a: torch.linalg.inv(a + 8 * torch.eye(len(a))),
+    "`cholesky`": lambda a: torch.linalg.cholesky(a @ a.mT + torch.eye(len(a))),
+    "spectral norm of given vectors": lambda a: a / (a[0].detach() @ a @ a[1].detach()),
+}
+
+
+def _print_unchanged() -> None:
+    print("\n| map | forward, 64x64 | and backward | forward, 256x256 | and backward |")
+    print("|---|---|---|---|---|")
+    for name, function in _UNCHANGED.items():
+        cells = [name]
+        for n in (64, 256):
+            a = torch.randn(n, n) * 0.1
+            cells.append(f"{_fastest(partial(function, a)):.2f}")
+            cells.append(f"{_fastest(partial(_step, function, (a,), torch.ones(n, n))):.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def _draw(rows: list[_Row], path: Path) -> None:
     """Draw cost and error against size, a column for each map of which more sizes were measured."""
     import matplotlib
@@ -134,7 +173,7 @@ def _draw(rows: list[_Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table of docs/rules.md; draw it where ``--plot`` says."""
+    """Print the tables of docs/rules.md; draw it where ``--plot`` says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.maps")
     parser.add_argument("--plot", type=Path, help="an image to draw; needs matplotlib")
     options = parser.parse_args(arguments)
@@ -146,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in _rows():
         rows.append(row)
         print(row, flush=True)
+    _print_unchanged()
     if options.plot:
         _draw(rows, options.plot)
 

@@ -32,6 +32,7 @@ __all__ = [
     "region_around",
     "region_mark",
     "settle",
+    "unmarked",
     "value",
     "within_evaluation",
 ]
@@ -138,6 +139,12 @@ def is_for_a_region_around(node: Node) -> bool:
     """Check whether a node evaluates for the region in which the whole graph is run."""
     marks = evaluation_marks(node)
     return bool(marks) and marks[0].region.endswith(_AROUND)
+
+
+def unmarked(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a node without our marks."""
+    custom = {k: v for k, v in (meta.get("custom") or {}).items() if k not in _KEYS}
+    return {**meta, "custom": custom} if "custom" in meta else meta
 
 
 def distinguish(node: Node, call: str) -> None:

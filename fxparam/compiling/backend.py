@@ -31,10 +31,13 @@ from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
 from fxparam.eager.describe import kind_of
 from fxparam.graph.passes.batch import batched
+from fxparam.graph.passes.batch_results import batch_results
 from fxparam.graph.passes.hoist import HoistResult, hoist
+from fxparam.graph.passes.lower import AFTER_BATCHES, BEFORE_BATCHES
 from fxparam.graph.passes.lower import lower as lower_ops
 from fxparam.graph.passes.take_outside import is_in_a_region_around
 from fxparam.graph.report import Report
+from fxparam.graph.rewrites.rewrite import Rewrite
 from fxparam.graph.torch_bugs.donated_buffers import keep_saved_tensors
 from fxparam.graph.torch_bugs.memory_of_results import show_what_bodies_pass_on
 from fxparam.graph.torch_bugs.recomputed_values import (
@@ -48,6 +51,9 @@ from fxparam.scopes.under_dynamo import forget_models
 __all__ = ["Backend", "backend", "default"]
 
 _log = logging.getLogger("fxparam")
+
+# Inner backends whose compiled graphs are one autograd node each, as partial gradients need it.
+_ONE_NODE = ("inductor", "aot_eager")
 
 
 class Backend:
@@ -211,25 +217,56 @@ class Backend:
             )
             result = self._cheaper(result)
         if is_in_a_region_around(gm):
+            evaluations = self._of_evaluations(evaluations)
             inner = with_values_of_region(
                 gm, example_inputs, inner, evaluations, self._first_readers
             )
         return result, inner
 
     def _cheaper(self, result: HoistResult) -> HoistResult:
-        """Lower the ops of evaluations, and batch those that are the same computation."""
-        result = self._lowered(result)
-        if not self._batch:
-            return result
-        together = batched(result, torch.is_grad_enabled(), self._max_bytes)
-        # An op that is not worth lowering for one tensor may be for many.
-        return together if together.report.batches == () else self._lowered(together)
+        """Batch evaluations that are the same computation, and lower the ops of all."""
+        result = self._lowered(result, BEFORE_BATCHES)
+        if self._batch:
+            result = batched(
+                result,
+                grad_enabled=torch.is_grad_enabled(),
+                max_bytes=self._max_bytes,
+                lowered=self._lower,
+            )
+        return self._lowered(result, AFTER_BATCHES)
 
-    def _lowered(self, result: HoistResult) -> HoistResult:
+    def _of_evaluations(self, compile: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a backend for evaluations that were taken out of their graph: it batches them."""
+        if not self._batch or self._inner not in _ONE_NODE:
+            return compile
+
+        def batched_first(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            enabled = torch.is_grad_enabled()
+            with named(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+                found = batch_results(
+                    gm, grad_enabled=enabled, max_bytes=self._max_bytes, lowered=self._lower
+                )
+                if found.modified and self._lower:
+                    lower_ops(
+                        gm, grad_enabled=enabled, autocast_now=True, max_bytes=self._max_bytes
+                    )
+            report = self.reports[-1]
+            self.reports[-1] = replace(report, batches=(*report.batches, *found.batches))
+            return compile(gm, inputs)  # type: ignore[no-any-return]
+
+        return batched_first
+
+    def _lowered(self, result: HoistResult, rewrites: tuple[Rewrite, ...]) -> HoistResult:
         if not self._lower:
             return result
         gm, enabled = result.graph_module, torch.is_grad_enabled()
-        lowered = lower_ops(gm, grad_enabled=enabled, autocast_now=True)
+        lowered = lower_ops(
+            gm,
+            grad_enabled=enabled,
+            autocast_now=True,
+            max_bytes=self._max_bytes,
+            rewrites=rewrites,
+        )
         if not lowered:
             return result
         return replace(result, report=result.report.with_lowered(lowered), modified=True)

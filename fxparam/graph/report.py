@@ -114,9 +114,12 @@ class Report:
             lowered: for each, the name of the tensor or value, the op, and how many times one run
                 runs it. A value that is evaluated once gets an entry for it.
         """
+        batches = (batch.names for batch in self.batches if not batch.refused)
+        together = {name: names for names in batches for name in names}
         ops: dict[str, dict[str, int | None]] = {}
         for name, op, runs in lowered:
-            ops.setdefault(name, {})[op] = runs
+            for each in together.get(name, (name,)):
+                ops.setdefault(each, {})[op] = runs
         entries = [
             replace(entry, lowered=(*entry.lowered, *ops.pop(entry.name, ())))
             for entry in self.entries

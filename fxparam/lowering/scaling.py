@@ -23,7 +23,7 @@ from fxparam.lowering.taylor import POLYNOMIALS, Pair, Polynomial, evaluate, mul
 __all__ = ["derivative", "exponential"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """How the exponentials of a batch are computed.
 
@@ -43,6 +43,7 @@ class _Plan:
         """Return the terms of the polynomial, of which two are known."""
         terms = room_for(self.polynomial, a)
         terms[0], terms[1] = self.halved, self.square
+        self.halved, self.square = terms[0], terms[1]  # the memory of the others is free
         return terms
 
 
@@ -73,13 +74,13 @@ def derivative(a: Tensor, direction: Tensor) -> Tensor | None:
     plan = _plan(a)
     if plan is None:
         return None
-    directions = room_for(plan.polynomial, a)
+    terms, directions = plan.terms(a), room_for(plan.polynomial, a)
     directions[0] = _scaled(direction, [-n for n in plan.halvings])
     torch.bmm(directions[0], plan.halved, out=directions[1])
     directions[1].baddbmm_(plan.halved, directions[0])
     # The value is only needed to be squared.
     alone = not any(plan.halvings)
-    result = evaluate(plan.polynomial, [plan.terms(a), directions], derivative_alone=alone)
+    result = evaluate(plan.polynomial, [terms, directions], derivative_alone=alone)
     return _squared(result, plan.halvings)[1]
 
 

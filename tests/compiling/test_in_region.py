@@ -802,6 +802,49 @@ def test_values_that_are_computed_together_have_gradients_apart(scope: Any, back
     assert_close(mine, eager, equal_nan=True)
 
 
+@pytest.mark.parametrize("scope", [fxparam.cached, fxparam.accumulate])
+@pytest.mark.parametrize("grad", [True, False])
+def test_evaluations_in_a_scope_are_batched(scope: Any, grad: bool) -> None:
+    def layers() -> nn.ModuleList:
+        torch.manual_seed(0)
+        made = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(4)]
+        return nn.ModuleList(map(orthogonal, made))
+
+    def forward(layers: nn.ModuleList, x: Tensor) -> Tensor:
+        for layer in layers[1:]:  # a new ModuleList, which torch logs in the graph
+            x = torch.tanh(layer(x))
+        return x
+
+    backend = fxparam.backend("aot_eager")
+    first, second, values = layers(), layers(), list[Tensor]()
+    compiled = torch.compile(forward, backend=backend, fullgraph=True)
+    for run, m in ((forward, first), (compiled, second)):
+        with torch.set_grad_enabled(grad), scope(m):
+            y = run(m, X)
+            y = y + run(m, y) + m[0].weight + m[1].weight
+            assert m[1].weight.untyped_storage().nbytes() == m[1].weight.nbytes
+            if y.requires_grad:
+                y.sum().backward()
+            values.append(y)
+    assert_close(*values)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+    assert [len(batch.names) for batch in backend.reports[0].batches] == [3]
+
+
+def test_a_value_of_a_batch_without_a_gradient() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(orthogonal(nn.Linear(3, 3, dtype=torch.float64)) for _ in range(3))
+    backend = fxparam.backend("aot_eager")
+    compiled = torch.compile(lambda: torch.stack([m.weight for m in layers]), backend=backend)
+    with fxparam.cached(layers):
+        compiled()
+        layers[1].weight.sum().backward()
+    assert len(backend.reports[0].batches[0].names) == 3
+    given = [m.parametrizations.weight.original.grad is not None for m in layers]
+    assert given == [False, True, False]
+
+
 @pytest.mark.parametrize("written", ["original", "buffer"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_write_to_what_one_of_several_evaluations_saved(written: str, backend: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fxparam
 from tests.helpers import Loop, check_against_eager, skip_unless_scans_train
 
-SIZE = 32
+SIZE = 48
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tests.lowering.errors import results
 op = torch.ops.fxparam.matrix_exp
 derivative = torch.ops.fxparam.matrix_exp_derivative
 close = torch.testing.assert_close
-SIZE = 32  # the function takes the op from here on
+SIZE = 48  # the function takes the op from here on
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,6 +85,24 @@ def test_memory_is_laid_out_as_torch_does() -> None:
     for a in (_random(3, 3).mT, _random(3, 2, 3).transpose(0, 1), _random(3, 3, 2)[..., 0]):
         assert op(a).stride() == torch.matrix_exp(a).stride()
         close(op(a), torch.matrix_exp(a))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 17 * 9 * 8 * 2])
+def test_a_batch_in_parts(max_bytes: int) -> None:
+    a, direction = (_random(2, 3, 3, 3).requires_grad_() for _ in range(2))
+    a.data[1] *= 20
+    whole, parts = op(a), op(a, max_bytes)
+    close(parts, whole)
+    given = (direction.detach(), a)
+    close(*(torch.autograd.grad(y, a, given[0])[0] for y in (parts, whole)))
+    derivative = torch.ops.fxparam.matrix_exp_derivative
+    twice = (derivative(a, direction), derivative(a, direction, max_bytes))
+    close(*twice)
+    for x in (a, direction):
+        close(*(torch.autograd.grad(y.sin().sum(), x, retain_graph=True)[0] for y in twice))
+    broken = a.detach().clone()
+    broken[1, 0, 0, 0] = torch.inf
+    close(op(broken, max_bytes), op(broken), equal_nan=True)
 
 
 def test_vmap_and_batched_cotangents() -> None:

@@ -6,7 +6,7 @@ until the end, and another one until its last reader has run. Inputs are the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -17,12 +17,17 @@ from fxparam.graph.analysis.nodes import tensors_in, value_of
 __all__ = ["held_bytes"]
 
 
-def held_bytes(graph: Graph) -> int:
-    """Return the most bytes that values of a graph hold at once; zero for those of unknown size."""
+def held_bytes(graph: Graph, without: Collection[Node] = ()) -> int:
+    """Return the most bytes that values of a graph hold at once; zero for those of unknown size.
+
+    Args:
+        graph: one of Dynamo's.
+        without: nodes whose values do not count.
+    """
     size: dict[object, int] = {}
     last: dict[object, int] = {}
     born: dict[object, int] = {}
-    nodes = list(graph.nodes)
+    nodes = [node for node in graph.nodes if node not in without]
     for place, node in enumerate(nodes):
         for tensor in _tensors(node):
             key = storage_of(tensor)

@@ -29,7 +29,8 @@ _PAIRS = {
 # These name the whole mode in their arguments; a functorch level is a new one each time.
 _BY_VALUE = {"_enter_autocast", "_enter_inference_mode"}
 _ENTRY = "entry"  # no switch was met that is not understood
-_NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled"}
+# Constructing a module, as a slice of a ``ModuleList`` does, is logged.
+_NEUTRAL = {"lazy_load_decompositions", "is_grad_enabled", "_log_api_usage_once"}
 # Whether it is on, and the dtype it casts to; another key for what is not known.
 _Autocast = tuple[Hashable, Hashable]
 

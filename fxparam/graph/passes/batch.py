@@ -60,7 +60,12 @@ class Batching:
 
 
 def batch(
-    gm: GraphModule, *, grad_enabled: bool | None = None, max_bytes: float = float("inf")
+    gm: GraphModule,
+    *,
+    grad_enabled: bool | None = None,
+    max_bytes: float = float("inf"),
+    lowered: bool = False,
+    own_results: bool = True,
 ) -> Batching:
     """Run the same evaluations of different tensors as one, where that is right and worthwhile.
 
@@ -68,6 +73,9 @@ def batch(
         gm: a hoisted graph of Dynamo's; changed in place.
         grad_enabled: the grad mode in which the graph is called. Autocast is then as it is now.
         max_bytes: a batch needs no more memory at its peak.
+        lowered: whether ops of batches will be lowered.
+        own_results: whether each result of the graph has memory and gradients of its own. Else
+            the caller sees to that, and they may be results of one batch.
     """
     inputs = [n for n in gm.graph.find_nodes(op="placeholder") if is_parameter(n)]
     alike: dict[Hashable, list[Computation]] = {}
@@ -76,12 +84,17 @@ def batch(
     alike = {key: members for key, members in alike.items() if len(members) > 1}
     if not alike:
         return Batching()
-    return _Batcher(gm, grad_enabled, max_bytes).run(alike.values())
+    batcher = _Batcher(gm, grad_enabled, own_results)
+    return batcher.run(alike.values(), max_bytes, lowered)
 
 
-def batched(result: HoistResult, grad_enabled: bool, max_bytes: float) -> HoistResult:
-    """Batch a hoisted graph, and add to what is said of it."""
-    found = batch(result.graph_module, grad_enabled=grad_enabled, max_bytes=max_bytes)
+def batched(
+    result: HoistResult, *, grad_enabled: bool, max_bytes: float, lowered: bool
+) -> HoistResult:
+    """Batch a hoisted graph, and add to what is said of it, as ``batch`` does."""
+    found = batch(
+        result.graph_module, grad_enabled=grad_enabled, max_bytes=max_bytes, lowered=lowered
+    )
     report = replace(result.report, batches=tuple(found.batches))
     if not found.modified:
         return replace(result, report=report)
@@ -98,13 +111,15 @@ class _Batcher:
         now: for each result that a batch replaced, the node that has its value.
     """
 
-    def __init__(self, gm: GraphModule, grad_enabled: bool | None, max_bytes: float) -> None:
-        self.gm, self.max_bytes, self.grad_enabled = gm, max_bytes, grad_enabled
+    def __init__(self, gm: GraphModule, grad_enabled: bool | None, own_results: bool) -> None:
+        self.gm, self.grad_enabled = gm, grad_enabled
         self.table = analyze(gm, grad_enabled=grad_enabled, autocast_now=True)
         self.levels = levels_of(gm, self.table)
         self.entry = self.table.of[next(iter(gm.graph.nodes))].modes
         self.held = held_bytes(gm.graph)
-        self.reached = ends_reached(gm.graph, self.table)
+        reached = ends_reached(gm.graph, self.table)
+        self.own_results = own_results
+        self.reached = reached if own_results else dict.fromkeys(reached, 1)
         # ``w.as_strided(size, stride, 0)`` counts from the beginning of the memory of ``w``.
         self.placed = frozenset[int]().union(
             *(
@@ -118,7 +133,8 @@ class _Batcher:
         self.place: dict[Node, float] = dict(self.table.position)
         self.now: dict[Node, Node] = {}
 
-    def run(self, alike: Iterable[list[Computation]]) -> Batching:
+    def run(self, alike: Iterable[list[Computation]], max_bytes: float, lowered: bool) -> Batching:
+        self.max_bytes, self.lowered = max_bytes, lowered
         result = Batching()
         apart = inputs_kept_apart(self.levels)
         for members in alike:
@@ -170,7 +186,7 @@ class _Batcher:
             for node in found.nodes
         ) and not any(
             is_the_value_written(table, node, node)
-            or does_the_value_escape(table, node, node)
+            or (self.own_results and does_the_value_escape(table, node, node))
             or table.of[node].storages & self.placed
             for node in found.results
         )
@@ -216,7 +232,7 @@ class _Batcher:
     def _gain(self, members: list[Computation]) -> Gain | None:
         """Return what a batch gains, seen on one of the first two members."""
         _, traced = self._traced(members[:2])
-        return gain_of(traced.graph.nodes, 2)
+        return gain_of(traced.graph.nodes, 2, lowered=self.lowered)
 
     def _traced(self, members: list[Computation]) -> tuple[list[Node], GraphModule]:
         """Return the inputs of a batch, and its ops, in a graph by themselves."""

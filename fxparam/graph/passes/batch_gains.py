@@ -56,7 +56,7 @@ class _Costs:
 
 # The costliest op comes first: in an evaluation of several, the first one found decides.
 _COSTS = {
-    "matrix_exp": _Costs(((2, 128), (8, 256)), 24, 13),
+    "lowered matrix_exp": _Costs(((2, 128), (8, 256)), 6, 12),
     "linalg_householder_product": _Costs(((2, 32), (8, 128)), 6, 2),
     "linalg_matrix_exp": _Costs(((2, 64),), 50, 12),
     "_linalg_svd": _Costs(((8, 32),), 4, 3),
@@ -68,6 +68,8 @@ _COSTS = {
     "linalg_solve_triangular": _Costs(((2, 64), (8, 128)), 11, 7),
     "bmm": _Costs(((8, 32),), 4, 1),
 }
+# What is lowered after it was batched. It holds no more than is allowed, whatever the batch.
+_LOWERED = {"linalg_matrix_exp": "lowered matrix_exp"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Gain:
         return int(allowed // max(1, self.bytes_each))
 
 
-def gain_of(batch: Iterable[Node], count: int) -> Gain | None:
+def gain_of(batch: Iterable[Node], count: int, *, lowered: bool) -> Gain | None:
     """Return the gain of a batch; None if no op in it is known to gain at any size.
 
     On a device other than a CPU any op of the table is taken to be bound by its launch.
@@ -101,8 +103,11 @@ def gain_of(batch: Iterable[Node], count: int) -> Gain | None:
     Args:
         batch: ATen ops on a batch.
         count: of how many evaluations it is.
+        lowered: whether ops will be lowered.
     """
-    found = {op_name(node): node for node in batch if op_name(node) in _COSTS}
+    forms = _LOWERED if lowered else {}
+    names = ((forms.get(op_name(node), op_name(node)), node) for node in batch)
+    found = {name: node for name, node in names if name in _COSTS}
     costliest = next((name for name in _COSTS if name in found), None)
     if costliest is None:
         return None

@@ -12,6 +12,7 @@ stays. Under transforms of ``torch.func`` it stays as well. The rest each rewrit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import name_of
+from fxparam.graph.analysis.held_bytes import held_bytes
 from fxparam.graph.analysis.modes import (
     grad_may_be_enabled,
     may_autocast,
@@ -33,9 +35,14 @@ from fxparam.graph.rewrites.rewrite import Call, Rewrite
 from fxparam.graph.rewrites.weight_norm import WEIGHT_NORM
 from fxparam.lowering.precision import is_autocast_enabled
 
-__all__ = ["REWRITES", "Lowered", "lower"]
+__all__ = ["AFTER_BATCHES", "BEFORE_BATCHES", "Lowered", "lower"]
 
-REWRITES = (MATRIX_EXP, HOUSEHOLDER_PRODUCT, WEIGHT_NORM)
+#: Rewrites to ops that are batched like any others.
+BEFORE_BATCHES = (HOUSEHOLDER_PRODUCT, WEIGHT_NORM)
+#: Rewrites that are worthwhile for many small matrices, if not for each.
+AFTER_BATCHES = (MATRIX_EXP,)
+
+_ALWAYS_ALLOWED = 1 << 18
 
 
 class Lowered(NamedTuple):
@@ -57,7 +64,8 @@ def lower(
     *,
     grad_enabled: bool | None = None,
     autocast_now: bool = False,
-    rewrites: tuple[Rewrite, ...] = REWRITES,
+    max_bytes: float = math.inf,
+    rewrites: tuple[Rewrite, ...] = BEFORE_BATCHES + AFTER_BATCHES,
 ) -> list[Lowered]:
     """Rewrite ops in the evaluations of a graph and of its bodies, in place.
 
@@ -65,6 +73,8 @@ def lower(
         gm: a graph with fake tensors in its nodes' metadata, as Dynamo makes it.
         grad_enabled: the grad mode in which the graph is called, None if not known.
         autocast_now: autocast is then as it is now; else that is not known.
+        max_bytes: a form that can do with less holds no more while it works, and no more than
+            half of what the rest of its graph holds.
         rewrites: those to make.
 
     Returns:
@@ -78,7 +88,10 @@ def lower(
     lowered = []
     for level in levels_of(gm, table):
         found = [(node, r) for node in level.gm.graph.nodes for r in rewrites]
-        done = [_lowered(level, node, r, autocast_now) for node, r in found]
+        # Evaluations come before the rest, and their backward after the rest's.
+        held = held_bytes(level.gm.graph, without=level.derived.candidates)
+        bound = int(min(max(held // 2, _ALWAYS_ALLOWED), max_bytes))
+        done = [_lowered(level, node, r, autocast_now, bound) for node, r in found]
         lowered += [each for each in done if each is not None]
         if any(done):
             level.gm.graph.lint()
@@ -86,7 +99,9 @@ def lower(
     return lowered
 
 
-def _lowered(level: Level, node: Node, rewrite: Rewrite, autocast_now: bool) -> Lowered | None:
+def _lowered(
+    level: Level, node: Node, rewrite: Rewrite, autocast_now: bool, max_bytes: int
+) -> Lowered | None:
     """Rewrite a node, if it is a call of the rewrite's op and that is right."""
     arguments = rewrite.arguments(node)
     if arguments is None or node not in level.derived.candidates:
@@ -102,7 +117,8 @@ def _lowered(level: Level, node: Node, rewrite: Rewrite, autocast_now: bool) -> 
     if not rewrite.is_right(call):
         return None
     name = name_of(level, node)
-    inline(node, rewrite.form, [arguments[parameter] for parameter in rewrite.parameters])
+    given = [arguments[parameter] for parameter in rewrite.parameters]
+    inline(node, rewrite.form, [*given, max_bytes] if rewrite.bounded else given)
     return Lowered(name, rewrite.name, level.runs)
 
 

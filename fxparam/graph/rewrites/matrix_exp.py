@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fxparam.graph.rewrites.rewrite import Call, Rewrite
 from fxparam.lowering import exponential
@@ -15,6 +16,12 @@ _aten = torch.ops.aten
 def _is_right(call: Call) -> bool:
     a = call.tensor("a")
     return a is not None and a.dtype in exponential.DTYPES and exponential.is_faster(a)
+
+
+def _form(a: Tensor, max_bytes: int) -> Tensor:
+    op = torch.ops.fxparam.matrix_exp
+    value: Tensor = op(a, max_bytes) if a.dim() > 2 else op(a)
+    return value
 
 
 MATRIX_EXP = Rewrite(
@@ -30,5 +37,6 @@ MATRIX_EXP = Rewrite(
     ),
     parameters=("a",),
     is_right=_is_right,
-    form=torch.ops.fxparam.matrix_exp,
+    form=_form,
+    bounded=True,
 )

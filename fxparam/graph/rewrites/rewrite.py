@@ -57,6 +57,7 @@ class Rewrite:
         is_right: whether the form may take the place of a call.
         form: a function of the same arguments, in order, whose calls of torch take its place.
         gains: where it is cheaper.
+        bounded: whether the form also takes the bytes that it may hold while it works.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Rewrite:
     is_right: Callable[[Call], bool]
     form: Callable[..., Tensor]
     gains: Literal["backward", "forward and backward"] = "backward"
+    bounded: bool = False
 
     def arguments(self, node: Node) -> Arguments | None:
         """Return the arguments of a call of the op by name; None for a call of another kind."""

@@ -120,9 +120,9 @@ def test_inductor_gives_what_eager_gives() -> None:
 
 
 def test_small_exponentials_are_lowered_together() -> None:
-    """A single one of 24 rows is torch's, as that is faster."""
-    pair, recorder = Pair(*torch.randn(2, 24, 24) / 24), Recorder("aot_eager")
-    x = torch.randn(2, 24)
+    """A single one of 40 rows is torch's, as that is faster."""
+    pair, recorder = Pair(*torch.randn(2, 40, 40) / 40), Recorder("aot_eager")
+    x = torch.randn(2, 40)
     torch.compiler.reset()
     actual = torch.compile(pair, backend=fxparam.backend(recorder))(x)
     torch.testing.assert_close(actual, pair(x))
@@ -131,20 +131,31 @@ def test_small_exponentials_are_lowered_together() -> None:
     assert torch.ops.fxparam.matrix_exp in {node.target for node in gm.graph.nodes}
 
 
-def test_what_was_lowered_before_stays_in_the_report() -> None:
+def test_what_was_lowered_by_itself_stays_in_the_report() -> None:
     class Large(Pair):
         def __init__(self) -> None:
-            super().__init__(*torch.randn(2, 24, 24) / 24)
-            self.large = nn.Parameter(torch.randn(40, 40) / 40)
+            super().__init__(*torch.randn(2, 40, 40) / 40)
+            self.large = nn.Parameter(torch.randn(48, 48) / 48)
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.matrix_exp(self.large).sum()
 
     torch.compiler.reset()
     backend = fxparam.backend("eager")
-    torch.compile(Large(), backend=backend)(torch.randn(2, 24))
+    torch.compile(Large(), backend=backend)(torch.randn(2, 40))
     assert backend.last_report is not None
     assert sum(entry.lowered == ("matrix_exp",) for entry in backend.last_report.entries) == 2
+
+
+def test_the_report_says_of_each_tensor_of_a_batch_that_it_is_lowered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fxparam.lowering.exponential._LEAST_WORK", 1)
+    torch.compiler.reset()
+    backend = fxparam.backend("eager")
+    torch.compile(Layers(), backend=backend)(inputs())
+    assert backend.last_report is not None
+    assert [entry.lowered for entry in backend.last_report.entries] == [("matrix_exp",)] * 3
 
 
 def test_the_report_names_them() -> None:
@@ -324,8 +335,19 @@ def test_gradients_can_be_differentiated_again() -> None:
 
 def test_a_batch_fits_into_what_the_graph_holds() -> None:
     each = 50 * SIZE * SIZE * 8  # what an exponential and its backward need at once
-    assert compiled_like_eager(Layers(count=6), max_bytes=3 * each).exponentials == 2
-    assert compiled_like_eager(Layers(count=6), max_bytes=each).exponentials == 6
+    for most, batches in ((3 * each, 2), (each, 6)):
+        made = compiled_like_eager(Layers(count=6), max_bytes=most, lower=False)
+        assert made.exponentials == batches
+
+
+def test_a_lowered_batch_works_on_as_many_as_fit() -> None:
+    pair, seen = Pair(*torch.randn(2, 64, 64) / 64), Recorder("eager")
+    torch.compiler.reset()
+    torch.compile(pair, backend=fxparam.backend(seen, max_bytes=300_000))(torch.randn(2, 64))
+    (node,) = seen.graphs[0].graph.find_nodes(
+        op="call_function", target=torch.ops.fxparam.matrix_exp
+    )
+    assert node.args[1] == (1 << 18)
 
 
 # --- left alone --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.passes.lower import Lowered, lower
 from tests.graph.sketch import Sketch, picture
 
-SIZE = 32
+SIZE = 48
 op = torch.ops.fxparam.matrix_exp
 
 
