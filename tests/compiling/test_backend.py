@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -346,3 +346,20 @@ def test_a_tensor_keeps_its_name_where_traced_code_changes_its_module() -> None:
         2,
         1,
     )
+
+
+def test_a_slice_of_a_module_list_switches_no_mode() -> None:
+    """It makes a new ``ModuleList``, which torch logs by a call in the graph."""
+    layer = register_parametrization(nn.Linear(3, 3), "weight", Counting())
+    layers = nn.ModuleList([nn.Linear(3, 3), layer])
+
+    def twice(x: Tensor) -> Tensor:
+        for layer in layers[1:]:
+            x = layer(x)
+        for layer in layers[1:]:
+            x = layer(x)
+        return x
+
+    torch.compiler.reset()
+    compiled = torch.compile(twice, backend=fxparam.backend("eager"), fullgraph=True)
+    assert counted(lambda: compiled(torch.randn(2, 3))) == (1, 0)
