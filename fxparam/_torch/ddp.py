@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from fxparam._torch.names import lookup
 
 __all__ = [
     "SeesWholeGraphs",
     "backend_behind",
+    "is_reduced",
     "outside_split",
     "see_whole_graphs",
     "warn_of_parts",
@@ -49,6 +55,22 @@ def backend_behind(backend: object) -> object:
         inner = inner or getattr(splitter, "backend_compile_fn", None)
         backend = inner or backend
     return seen[-1] if seen else None
+
+
+def is_reduced(parameter: Tensor) -> bool:
+    """Check whether a parameter was given to a ``DistributedDataParallel``."""
+    return any(parameter is each for model in _models for each in model.module.parameters())
+
+
+def _note(module: Module, name: str, child: Module | None) -> None:
+    """Called for each module that becomes another's: note those that reduce gradients."""
+    parallel = sys.modules.get("torch.nn.parallel.distributed")
+    if name == "module" and parallel and isinstance(module, parallel.DistributedDataParallel):
+        _models.add(module)
+
+
+_models: WeakSet[Any] = WeakSet()
+register_module_module_registration_hook(_note)
 
 
 def see_whole_graphs(kind: type[SeesWholeGraphs]) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.__future__ import get_swap_module_params_on_conversion
 from torch.nn import Module, Parameter
 
+from fxparam._torch.dtensors import is_dtensor, value_like
+from fxparam._torch.fsdp import shard_behind
 from fxparam._torch.names import is_opaque_reference
 from fxparam._torch.tensors import is_wrapper_subclass
 from fxparam.eager.describe import first_names, kind_of
@@ -38,7 +40,7 @@ class Writes:
         with torch.no_grad():
             try:
                 for target, value in self._planned:
-                    before = target.detach()
+                    before = _kept(target)
                     _write(target, value)
                     undo.append((target, before))
             except BaseException:
@@ -53,6 +55,13 @@ def _write(target: Tensor, value: Tensor) -> None:
     Hooks on the gradient of ``target`` stay if it keeps its shape, dtype and device, as those of
     ``DistributedDataParallel``. ``Tensor.set_`` drops them without a word.
     """
+    shard = shard_behind(target)
+    if shard is not None or is_dtensor(target):
+        # FSDP2 holds the memory: it is written in place, and the shard behind what is gathered.
+        for written in (target, shard):
+            if written is not None:
+                written.detach().copy_(value_like(value, written))
+        return
     if not (get_swap_module_params_on_conversion() or is_wrapper_subclass(target)):
         if _is_alike(target, value):
             target.data = value.detach()
@@ -65,6 +74,12 @@ def _write(target: Tensor, value: Tensor) -> None:
     if isinstance(target, Parameter):
         value = Parameter(value, requires_grad=target.requires_grad)
     torch.utils.swap_tensors(target, value)  # type: ignore[no-untyped-call]
+
+
+def _kept(target: Tensor) -> Tensor:
+    """Return what ``_write`` can put back."""
+    in_place = is_dtensor(target) or shard_behind(target) is not None
+    return target.detach().clone() if in_place else target.detach()
 
 
 def _is_alike(target: Tensor, value: Tensor) -> bool:

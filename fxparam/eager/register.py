@@ -14,6 +14,7 @@ from torch.nn import Module, ModuleDict
 from fxparam.eager import checks, reading
 from fxparam.eager.classes import chain_of, chains_of, original_class
 from fxparam.eager.describe import first_names, kind_of, spelled
+from fxparam.eager.engines import engine_of
 from fxparam.eager.hooks import drop_hooks
 from fxparam.eager.install import class_with, install, uninstall
 from fxparam.eager.parametrization_list import ParametrizationList
@@ -86,7 +87,11 @@ def register_parametrization(
     checks.check_modules(module=module, parametrization=parametrization)
     if is_parametrized(module, tensor_name):
         chain: Any = module.parametrizations[tensor_name]  # type: ignore[index]
-        with unchanged_if_refused(chain, parametrization):
+        with (
+            engine_of(module, tensor_name, chain) as engine,
+            unchanged_if_refused(chain, parametrization),
+        ):
+            engine.check_has_no_parameters(parametrization)
             parametrization.train(module.training)
             checks.check_takes_one_tensor(parametrization, tensor_name)
             if not unsafe:
@@ -95,12 +100,18 @@ def register_parametrization(
             chain.append(parametrization)
             chain.unsafe |= unsafe
         return module
-    original = checks.registrable(module, tensor_name)
-    cls = class_with(module, tensor_name)
-    with unchanged_if_refused(parametrization, tensor=original):
-        parametrization.train(module.training)
-        chain = ParametrizationList([parametrization], original, unsafe=unsafe)
-    install(module, tensor_name, chain, cls)
+    with engine_of(module, tensor_name) as engine:
+        original = checks.registrable(module, tensor_name)
+        engine.check_keeps_dtype()
+        engine.check_is_not_tied()
+        engine.check_has_no_parameters(parametrization)
+        cls = class_with(module, tensor_name)
+        with unchanged_if_refused(parametrization, tensor=original):
+            parametrization.train(module.training)
+            chain = ParametrizationList([parametrization], original, unsafe=unsafe)
+            engine.check_stays_one_tensor(chain.is_tensor)
+        install(module, tensor_name, chain, cls)
+        engine.move(chain, "original")
     return module
 
 
@@ -167,9 +178,14 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
             f"{spelled(tensor_name)}\nparametrized: {first_names(sorted(present or ()))}\n"
             f"asked for: {spelled(tensor_name)}"
         )
-    with unchanged_if_refused(chain):
-        plain = plain_tensor(module, tensor_name, chain, leave_parametrized)
-    uninstall(module, tensor_name, plain)
+    with engine_of(module, tensor_name, chain) as engine:
+        engine.check_stays_one_tensor(chain.is_tensor)
+        if leave_parametrized:
+            engine.check_keeps_dtype()
+        with unchanged_if_refused(chain):
+            plain = plain_tensor(module, tensor_name, chain, leave_parametrized)
+        uninstall(module, tensor_name, plain)
+        engine.move(module, tensor_name)
     drop_hooks(module, tensor_name)
     return module
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import fxparam
 from tests import helpers
 
-__all__ = ["WIDTH", "Recurrent", "Step", "batch", "model", "one_step", "reference"]
+__all__ = ["WIDTH", "Half", "Recurrent", "Step", "batch", "model", "one_step", "reference"]
 
 WIDTH = 8
 
@@ -43,6 +43,16 @@ class Recurrent(nn.Module):
         for _ in range(4):
             h = self.cell(x, h)
         return self.out(h)
+
+
+class Half(nn.Module):
+    """Stores twice of what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 def model(kind: str) -> Recurrent:

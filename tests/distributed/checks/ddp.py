@@ -6,13 +6,15 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxparam
-from tests.distributed.models import Recurrent, Step, batch, model, one_step
+from fxparam.parametrizations import weight_norm
+from tests.distributed.models import Half, Recurrent, Step, batch, model, one_step
 
 _MANY = 2e-4  # megabytes, of a bucket: one for each parameter
 
@@ -101,16 +103,6 @@ def check_assignments_keep_the_hooks_of_gradients() -> None:
         assert _differ(module) == [], change
 
 
-class Half(nn.Module):
-    """Stores twice of what it gives."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / 2
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-
 def check_micro_batches_are_reduced_once() -> None:
     ddp = _wrapped(model("pure"))
     compiled = torch.compile(ddp, backend=fxparam.backend("aot_eager"))
@@ -146,3 +138,16 @@ def check_parts_that_are_not_known_are_warned_of() -> None:
         ours.cache_clear()
     assert any("optimize_ddp = False" in str(each.message) for each in caught)
     torch.testing.assert_close(output, module(batch()))
+
+
+def check_new_parameters_are_refused() -> None:
+    module = model("plain")
+    parallel = DistributedDataParallel(module)
+    before = list(module.named_parameters())
+    with pytest.raises(ValueError, match="is a parameter of DistributedDataParallel"):
+        weight_norm(module.cell.wx)
+    assert [name for name, _ in before] == [name for name, _ in module.named_parameters()]
+    fxparam.register_parametrization(module.cell.wx, "weight", nn.Tanh())
+    parallel(batch()).sum().backward()
+    alone = model("plain")
+    weight_norm(alone.cell.wx)
