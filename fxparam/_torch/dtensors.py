@@ -6,8 +6,9 @@ import sys
 from typing import Any, TypeGuard
 
 from torch import Tensor
+from torch.nn import Module
 
-__all__ = ["is_dtensor", "value_like"]
+__all__ = ["apply_style", "is_dtensor", "take_hooks", "value_like"]
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -30,3 +31,16 @@ def value_like(value: Tensor, model: Tensor) -> Tensor:
     return value.redistribute(  # type: ignore[attr-defined,no-any-return]
         model.device_mesh, model.placements
     )
+
+
+def apply_style(style: Any, module: Module, mesh: Any) -> None:
+    """Apply a ``ParallelStyle``, as ``parallelize_module`` does."""
+    style._apply(module, mesh)
+
+
+def take_hooks(module: Module, other: Module) -> None:
+    """Give a module the hooks around the forward of another, which take the module they run on."""
+    for hook in other._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook)
+    for after in other._forward_hooks.values():
+        module.register_forward_hook(after)

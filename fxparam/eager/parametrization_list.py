@@ -175,6 +175,12 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
         for name, tensor in nested.items():
             setattr(self, name, tensor)
 
+    def _originals(self) -> list[Any]:
+        """Return what the first parametrization is called with."""
+        if self.is_tensor:
+            return [self.original]
+        return [getattr(self, f"original{i}") for i in range(self.ntensors)]
+
     def forward(self) -> Tensor:
         """Return the value of the parametrized tensor, computed from the originals."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -184,10 +190,7 @@ class ParametrizationList(torch_parametrize.ParametrizationList):
         # By key, as the modules after the parametrizations are those of nested originals; and not
         # by index, for which Dynamo traces three functions and guards that none was exchanged.
         steps: Any = self._modules
-        if self.is_tensor:
-            value = steps["0"](self.original)
-        else:
-            value = steps["0"](*[getattr(self, f"original{i}") for i in range(self.ntensors)])
+        value = steps["0"](*self._originals())
         index = 1
         while str(index) in steps:
             value = steps[str(index)](value)

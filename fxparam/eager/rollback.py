@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from fxparam._torch.tensors import geometry, storage_of, version_of
 
-__all__ = ["Attributes", "attributes_kept", "unchanged_if_refused"]
+__all__ = ["Attributes", "attributes_kept", "unchanged", "unchanged_if_refused"]
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -60,6 +60,14 @@ class unchanged_if_refused:  # noqa: N801  # used as a function
         if kind is not None:
             for restore in self._steps:
                 restore()
+
+
+class unchanged(unchanged_if_refused):  # noqa: N801  # used as a function
+    """Give modules their attributes and their tensors' values back after the block."""
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        for restore in self._steps:
+            restore()
 
 
 def _tensors_of(module: Module) -> Iterator[Tensor]:

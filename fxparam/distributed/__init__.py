@@ -1,0 +1,5 @@
+"""Parametrized modules on torch's distributed engines, where an engine must be known by name."""
+
+from fxparam.distributed.parallel import ParametrizedParallel
+
+__all__ = ["ParametrizedParallel"]
