@@ -12,6 +12,7 @@ from fxparam.eager.register import (
     transfer_parametrizations_and_params,
     type_before_parametrizations,
 )
+from fxparam.eager.state_dicts import load_plain_state_dict, plain_state_dict
 from fxparam.exporting.export import export
 from fxparam.exporting.fold import fold
 from fxparam.graph import HoistResult, Report, Rule
@@ -46,6 +47,8 @@ __all__ = [
     "init_",
     "invalidate",
     "is_parametrized",
+    "load_plain_state_dict",
+    "plain_state_dict",
     "register_parametrization",
     "remove_parametrizations",
     "split",

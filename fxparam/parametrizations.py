@@ -13,18 +13,23 @@ tensor(True)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Module
 
+from fxparam._torch.dtensors import is_dtensor
 from fxparam._torch.names import (
     OrthogonalMaps,
     OrthogonalParametrization,
     WeightNormParametrization,
 )
+from fxparam.eager.classes import chain_of
 from fxparam.eager.describe import spelled
+from fxparam.eager.engines import engine_of
 from fxparam.eager.pickling import WeightNormKeys
 from fxparam.eager.register import register_parametrization
 from fxparam.eager.spectral import CheckedSpectralNorm
@@ -91,18 +96,20 @@ def orthogonal(
 
     Source: :func:`torch.nn.utils.parametrizations.orthogonal`.
     """
-    weight = _tensor(module, name)
-    if weight.ndim < 2:
-        raise ValueError(
-            f"orthogonal needs matrices.\nrequired: at least 2 dimensions\nfound: {weight.ndim}"
-        )
-    square = weight.shape[-2] == weight.shape[-1] or weight.is_complex()
-    chosen = orthogonal_map or ("matrix_exp" if square else "householder")
-    if chosen not in OrthogonalMaps.__members__:
-        known = ", ".join(map(repr, OrthogonalMaps.__members__))
-        raise ValueError(f"orthogonal_map must be one of {known}: got {spelled(orthogonal_map)}")
-    step = _Orthogonal(weight, OrthogonalMaps[chosen], use_trivialization=use_trivialization)
-    return register_parametrization(module, name, step, unsafe=True)
+    with _tensor(module, name) as weight:
+        if weight.ndim < 2:
+            raise ValueError(
+                f"orthogonal needs matrices.\nrequired: at least 2 dimensions\nfound: {weight.ndim}"
+            )
+        square = weight.shape[-2] == weight.shape[-1] or weight.is_complex()
+        chosen = orthogonal_map or ("matrix_exp" if square else "householder")
+        if chosen not in OrthogonalMaps.__members__:
+            known = ", ".join(map(repr, OrthogonalMaps.__members__))
+            raise ValueError(
+                f"orthogonal_map must be one of {known}: got {spelled(orthogonal_map)}"
+            )
+        step = _Orthogonal(weight, OrthogonalMaps[chosen], use_trivialization=use_trivialization)
+        return register_parametrization(module, name, step, unsafe=True)
 
 
 def weight_norm(module: M, name: str = "weight", dim: int | None = 0) -> M:
@@ -118,8 +125,8 @@ def weight_norm(module: M, name: str = "weight", dim: int | None = 0) -> M:
 
     Source: :func:`torch.nn.utils.parametrizations.weight_norm`.
     """
-    _tensor(module, name)
-    register_parametrization(module, name, WeightNormParametrization(dim), unsafe=True)
+    with _tensor(module, name):
+        register_parametrization(module, name, WeightNormParametrization(dim), unsafe=True)
     module._register_load_state_dict_pre_hook(WeightNormKeys(name))  # type: ignore[no-untyped-call]
     return module
 
@@ -146,20 +153,32 @@ def spectral_norm(
 
     Source: :func:`torch.nn.utils.parametrizations.spectral_norm`.
     """
-    weight = _tensor(module, name)
     if dim is None:
         dim = int(isinstance(module, (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)))
-    step = CheckedSpectralNorm(weight, n_power_iterations, dim, eps)
-    return register_parametrization(module, name, step)
+    with _tensor(module, name) as weight:
+        step = CheckedSpectralNorm(weight, n_power_iterations, dim, eps)
+        return register_parametrization(module, name, step)
 
 
-def _tensor(module: Module, name: str) -> Tensor:
-    """Return a tensor of a module.
+@contextmanager
+def _tensor(module: Module, name: str) -> Iterator[Tensor]:
+    """Return a tensor of a module, which is whole in the block.
 
     Raises:
-        ValueError: the module has no tensor of that name.
+        ValueError: the module has no tensor of that name, or it is a ``DTensor``.
     """
-    found = getattr(module, name, None)
+    with engine_of(module, name, chain_of(module, name)):
+        yield _checked(module, name, getattr(module, name, None))
+
+
+def _checked(module: Module, name: str, found: object) -> Tensor:
+    if is_dtensor(found):
+        raise ValueError(
+            f"{name!r} of {type(module).__name__} is a DTensor, on which this parametrization is "
+            "not computed.\nrequired: a tensor that is whole on each rank\n"
+            f"found: a DTensor placed as {found.placements}\nRegister first, then parallelize "
+            "with fxparam.distributed.ParametrizedParallel(style)."
+        )
     if not isinstance(found, Tensor):
         raise ValueError(
             f"the module has no tensor to parametrize.\n"

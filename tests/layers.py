@@ -32,9 +32,10 @@ ALLOWED["exporting"] = {*ALLOWED["tracing"], "scopes"}
 ALLOWED["compiling"] = {*ALLOWED["tracing"], "scopes"}
 ALLOWED["parametrize"] = {"eager", "scopes"}
 ALLOWED["parametrizations"] = {"_torch", "eager", "lowering"}
+ALLOWED["distributed"] = {"_torch", "eager"}
 ALLOWED["demo"] = {""}
 ALLOWED["__main__"] = {"", "demo"}
-ALLOWED[""] = set(ALLOWED) - {"demo", "__main__", "parametrize", "parametrizations"}
+ALLOWED[""] = set(ALLOWED) - {"demo", "__main__", "distributed", "parametrize", "parametrizations"}
 
 #: Private names of nodes, tensors, ops and graph modules of torch's.
 PRIVATE = {

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["apply_style", "is_dtensor", "take_hooks", "value_like"]
+__all__ = ["apply_style", "is_dtensor", "take_hooks", "placed_like", "value_like", "whole"]
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -23,7 +23,7 @@ def value_like(value: Tensor, model: Tensor) -> Tensor:
     A value that is no ``DTensor`` is the same on all ranks.
     """
     if not is_dtensor(model):
-        return value.full_tensor() if is_dtensor(value) else value
+        return whole(value)
     if not is_dtensor(value):
         tensor = sys.modules["torch.distributed.tensor"]
         everywhere = [tensor.Replicate()] * model.device_mesh.ndim
@@ -31,6 +31,28 @@ def value_like(value: Tensor, model: Tensor) -> Tensor:
     return value.redistribute(  # type: ignore[attr-defined,no-any-return]
         model.device_mesh, model.placements
     )
+
+
+def placed_like(value: Tensor, model: Tensor) -> Tensor:
+    """Return a whole value as a ``DTensor`` on the devices of ``model``, if that is one.
+
+    It is placed like it where their shapes are equal, else sharded along its first dimension.
+    """
+    if not is_dtensor(model) or value.shape == model.shape:
+        return value_like(value, model)
+    tensor = sys.modules["torch.distributed.tensor"]
+    mesh = model.device_mesh
+    everywhere = tensor.DTensor.from_local(
+        value, mesh, [tensor.Replicate()] * mesh.ndim, run_check=False
+    )
+    first = tensor.Shard(0) if value.dim() else tensor.Replicate()
+    sharded: Tensor = everywhere.redistribute(mesh, [first] * mesh.ndim)
+    return sharded
+
+
+def whole(value: Any) -> Any:
+    """Return a ``DTensor`` gathered; any other value as it is."""
+    return value.full_tensor() if is_dtensor(value) else value
 
 
 def apply_style(style: Any, module: Module, mesh: Any) -> None:

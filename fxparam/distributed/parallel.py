@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module, Parameter
 
-from fxparam._torch.dtensors import apply_style, take_hooks
+from fxparam._torch.dtensors import apply_style, take_hooks, whole
 from fxparam.eager.adopt import adopt
 from fxparam.eager.describe import kind_of
 from fxparam.eager.parametrization_list import ParametrizationList
@@ -97,7 +97,7 @@ class PlacedList(ParametrizationList):
     placements: tuple[Any, ...]
 
     def _originals(self) -> list[Any]:
-        return [_whole(original) for original in super()._originals()]
+        return [whole(original) for original in super()._originals()]
 
     def forward(self) -> Tensor:
         value = self._originals()[0] if self.disabled else super().forward()
@@ -106,7 +106,7 @@ class PlacedList(ParametrizationList):
         return placed.redistribute(self.mesh, self.placements)
 
     def right_inverse(self, value: Tensor) -> None:
-        super().right_inverse(_whole(value))
+        super().right_inverse(whole(value))
 
 
 def _place(chain: ParametrizationList, mesh: DeviceMesh, model: DTensor) -> None:
@@ -146,7 +146,3 @@ def _without_data(module: Module) -> Module:
             like = torch.empty(held.shape, dtype=held.dtype, device="meta")
             plain._parameters[name] = Parameter(like, requires_grad=held.requires_grad)
     return plain
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value

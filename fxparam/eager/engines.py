@@ -79,7 +79,8 @@ def engine_of(module: Module, name: str, chain: Module | None = None) -> Iterato
     found = fsdp.places([module] if chain is None else chain.modules())
     if chain is None:
         found = [place for place in found if place.name == name]
-        held: object = module._parameters[name] if name in module._parameters else None
+        known = name in module._parameters  # torch.jit's stores have no ``get``
+        held: object = module._parameters[name] if known else None
         own = found[0] if found else None
     else:
         originals = [n for n, p in chain._parameters.items() if isinstance(p, Parameter)]

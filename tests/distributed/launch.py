@@ -15,7 +15,7 @@ import torch.distributed as dist
 __all__ = ["ENGINES", "RANKS", "available", "names", "outcomes"]
 
 _ROOT = Path(__file__).parents[2]
-ENGINES = ("dtensors", "ddp", "fsdp2", "tensor_parallel")
+ENGINES = ("dtensors", "ddp", "fsdp2", "tensor_parallel", "checkpoints")
 RANKS = int(os.environ.get("FXPARAM_RANKS", "2"))
 
 

@@ -150,3 +150,7 @@ def check_what_is_refused() -> None:
     plain = nn.Linear(8, 16)  # without parametrizations, the style itself
     parallelize_module(plain, mesh, ParametrizedParallel(ColwiseParallel()))
     assert isinstance(plain.weight, DTensor)
+    for wrap in (orthogonal, weight_norm, spectral_norm):
+        with pytest.raises(ValueError, match="is a DTensor"):
+            wrap(plain)
+        assert not fxparam.is_parametrized(plain)
