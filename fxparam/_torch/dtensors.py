@@ -23,7 +23,8 @@ def value_like(value: Tensor, model: Tensor) -> Tensor:
     A value that is no ``DTensor`` is the same on all ranks.
     """
     if not is_dtensor(model):
-        return whole(value)
+        gathered: Tensor = whole(value)
+        return gathered
     if not is_dtensor(value):
         tensor = sys.modules["torch.distributed.tensor"]
         everywhere = [tensor.Replicate()] * model.device_mesh.ndim

@@ -18,6 +18,7 @@ from torch.nn import Module, Parameter
 
 from fxparam._torch.dtensors import apply_style, take_hooks, whole
 from fxparam.eager.adopt import adopt
+from fxparam.eager.classes import chain_of
 from fxparam.eager.describe import kind_of
 from fxparam.eager.parametrization_list import ParametrizationList
 from fxparam.eager.register import is_parametrized, type_before_parametrizations
@@ -75,7 +76,7 @@ class ParametrizedParallel(ParallelStyle):
             if not isinstance(placed, DTensor):
                 continue
             if is_parametrized(module, name):
-                chain: Any = module.parametrizations[name]  # type: ignore[index]
+                chain: Any = chain_of(module, name)
                 _place(chain, device_mesh, placed)
             else:
                 _distribute(module, name, device_mesh, placed.placements)
@@ -109,14 +110,14 @@ class PlacedList(ParametrizationList):
         super().right_inverse(whole(value))
 
 
-def _place(chain: ParametrizationList, mesh: DeviceMesh, model: DTensor) -> None:
+def _place(chain: Any, mesh: DeviceMesh, model: DTensor) -> None:
     for name in list(chain._parameters):
         original = chain._parameters[name]
         if original is not None:
             first = Shard(0) if original.dim() else Replicate()
             _distribute(chain, name, mesh, [first] * mesh.ndim)
     chain.__class__ = PlacedList
-    chain.mesh, chain.placements = mesh, model.placements  # type: ignore[attr-defined]
+    chain.mesh, chain.placements = mesh, model.placements
 
 
 def _distribute(module: Module, name: str, mesh: DeviceMesh, placements: Any) -> None:
@@ -128,7 +129,7 @@ def _distribute(module: Module, name: str, mesh: DeviceMesh, placements: Any) ->
 
 def _without_data(module: Module) -> Module:
     """Return a module like another, with plain parameters in place of parametrized tensors."""
-    cls = type_before_parametrizations(module)
+    cls: Any = type_before_parametrizations(module)
     plain: Module = cls.__new__(cls)
     plain.__dict__.update(module.__dict__)
     for store in (

@@ -130,6 +130,6 @@ def _value(module: Module, name: str, chain: Module, full: bool) -> Tensor:
     with engine_of(module, name, chain), unchanged(chain), torch.no_grad():
         value: Tensor = getattr(module, name).detach().clone()
     if full:
-        return whole(value)
+        return whole(value)  # type: ignore[no-any-return]
     original = next(iter(chain._parameters.values()), None)
     return value if is_dtensor(value) or original is None else placed_like(value, original)

@@ -158,6 +158,8 @@ def _backward_of_derivative(
 
 def _norm(direction: Tensor) -> Tensor:
     """Return the largest number of a matrix, 1 for a matrix of zeros."""
+    if direction.numel() == 0:
+        return direction.new_ones(())
     size = direction.detach().abs().amax((-2, -1), keepdim=True)
     return torch.where(size > 0, size, torch.ones_like(size))
 

@@ -7,7 +7,7 @@ derivative is infinite. Evaluated one by one they get none. A hook on the node s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,25 +25,35 @@ def keep_gradients_apart(values: Sequence[Tensor], reads: Sequence[Sequence[Tens
         values: what one call of a compiled graph has given, or a part of it.
         reads: the tensors that each value is computed from.
     """
+    if not any(value.requires_grad for value in values):
+        return
     made: dict[Any, list[tuple[int, Sequence[Tensor]]]] = {}
+    origins: set[object] = {
+        get_gradient_edge(t).node for read in reads for t in read if t.requires_grad
+    }
     for value, read in zip(values, reads, strict=True):
         if value.requires_grad:
-            node, output = _compiled_node(value)
+            node, output = _compiled_node(value, origins)
             made.setdefault(node, []).append((output, read))
     for node, outputs in made.items():
-        if isinstance(node, BackwardCFunction):
+        if isinstance(node, BackwardCFunction) and node not in origins:
             # The hook must not hold the node, which holds the hook.
             node.register_hook(partial(_drop, node.next_functions, outputs))
 
 
-def _compiled_node(value: Tensor) -> tuple[Any, int]:
-    """Return the node that made a value, and which of its outputs the value is, or is a view of."""
+def _compiled_node(value: Tensor, origins: Collection[object]) -> tuple[Any, int]:
+    """Return the node that made a value, and which of its outputs the value is, or is a view of.
+
+    Args:
+        value: it.
+        origins: the nodes of what is read. A value that is a view of that has no node of its own.
+    """
+    node: Any
     node, output = get_gradient_edge(value)[:2]
-    while not isinstance(node, BackwardCFunction) and len(node.next_functions) == 1:
-        above, output = node.next_functions[0]
-        if above is None:
+    while node not in origins and not isinstance(node, BackwardCFunction):
+        if len(node.next_functions) != 1 or node.next_functions[0][0] is None:
             break
-        node = above
+        node, output = node.next_functions[0]
     return node, output
 
 

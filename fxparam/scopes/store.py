@@ -122,9 +122,8 @@ class Evaluate(NamedTuple):
     def values(self, wanted: Sequence[int]) -> list[Tensor]:
         """Evaluate, and return some of the values."""
         made = self.run()
-        values = [made[i] for i in wanted]
-        keep_gradients_apart(values, [self.reads[i] for i in wanted])
-        return values
+        keep_gradients_apart(made, self.reads)  # those that nobody reads have no gradient
+        return [made[i] for i in wanted]
 
 
 class Reader:

@@ -845,6 +845,41 @@ def test_a_value_of_a_batch_without_a_gradient() -> None:
     assert given == [False, True, False]
 
 
+@pytest.mark.parametrize("scope", [fxparam.cached, fxparam.accumulate])
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_value_that_was_held_before_the_others_were_computed(scope: Any, batch: bool) -> None:
+    layers = _layers(Root(), Root(), Root())
+    with torch.no_grad():
+        layers[2].parametrizations.weight.original.zero_()  # where the derivative is infinite
+    backend = fxparam.backend("aot_eager", batch=batch)
+    compiled = torch.compile(lambda: torch.stack([m.weight for m in layers]), backend=backend)
+    with scope(layers):
+        layers[2].weight  # noqa: B018  # now the region has it
+        compiled()  # computes all three, and gives two to the region
+        (layers[0].weight.sum() + layers[1].weight.sum()).backward()
+    given = [m.parametrizations.weight.original.grad is not None for m in layers]
+    assert given == [True, True, False]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_value_that_is_a_view_of_what_another_graph_has_made(after: bool) -> None:
+    class Transposed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mT
+
+    layers = _layers(Transposed(), Transposed())
+    z = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
+    made = torch.compile(lambda z: (z.sin(), z.cos()), backend="aot_eager")(z)
+    for layer, original in zip(layers, made, strict=True):
+        del layer.parametrizations.weight.original
+        layer.parametrizations.weight.original = original.neg() if after else original
+    compiled = torch.compile(lambda: layers[1](layers[0](X)), backend=fxparam.backend("aot_eager"))
+    with fxparam.cached(layers):
+        compiled()
+        layers[0].weight.sum().backward()
+    assert_close(z.grad, torch.ones_like(z).cos() * (-1 if after else 1))
+
+
 @pytest.mark.parametrize("written", ["original", "buffer"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_write_to_what_one_of_several_evaluations_saved(written: str, backend: str) -> None:

@@ -30,6 +30,13 @@ def test_derivatives_of_first_and_second_order(dtype: torch.dtype, scale: float)
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 0), (0, 3, 3)])
+def test_of_no_numbers(shape: tuple[int, ...]) -> None:
+    a = _random(*shape).requires_grad_()
+    (gradient,) = torch.autograd.grad(op(a).sum(), a, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), a)[0].shape == shape
+
+
 def test_the_derivative_in_a_direction_alone() -> None:
     a, e = _random(3, 3), _random(3, 3).mT.contiguous().requires_grad_()
     assert torch.autograd.gradcheck(derivative, (a, e))
