@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fxparam._torch.names import (
 )
 from fxparam._torch.tensors import is_wrapper_subclass
 
-__all__ = ["collectives_of", "ranks", "store_of_ranks"]
+__all__ = ["collectives_of", "exchanges_of", "gives_what_ranks_have", "ranks", "store_of_ranks"]
 
 
 def collectives_of(gm: GraphModule) -> list[str]:
@@ -52,6 +52,54 @@ def _is_distributed(node: Node) -> bool:
         and type(leaf).__module__.startswith("torch.distributed.")
         for leaf in tree_flatten(value)[0]
     )
+
+
+def exchanges_of(
+    gm: GraphModule, first: Callable[[Node], bool]
+) -> dict[tuple[int, ...], list[str]]:
+    """For each group of ranks, return the ops of a graph, in order, that certainly exchange data.
+
+    Args:
+        gm: the graph.
+        first: chooses the nodes that run in front of the others.
+    """
+    found: dict[tuple[int, ...], list[str]] = {}
+    bodies = (module for module in gm.modules() if isinstance(module, GraphModule))
+    nodes = [node for body in bodies for node in body.graph.nodes]
+    for node in sorted(nodes, key=lambda node: not first(node)):
+        group = _group_of(node)
+        if group:
+            found.setdefault(group, []).append(op_name(node))
+    return found
+
+
+def _group_of(node: Node) -> tuple[int, ...]:
+    """Return the ranks with which a node is known to exchange data; none if with no others."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    if op_name(node) in ("redistribute", "full_tensor"):
+        (read, *_) = (n.meta.get("example_value") for n in node.all_input_nodes)
+        mesh = getattr(read, "device_mesh", None)
+        return () if mesh is None else tuple(mesh.mesh.flatten().tolist())
+    if not _is_collective(node.target) or op_name(node) == "wait_tensor":
+        return ()
+    names = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)]
+    resolve = lookup("torch.distributed.distributed_c10d", "_resolve_process_group")
+    try:
+        group = resolve(names[-1])
+    except (IndexError, LookupError, RuntimeError, ValueError):
+        return ()
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
+def gives_what_ranks_have(node: Node) -> bool:
+    """Check whether a node ends a collective: it waits for one, or makes a ``DTensor`` local."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = op_name(node)
+    if name in ("wait_tensor", "redistribute", "to_local", "full_tensor"):
+        return True
+    return _is_distributed(node) or any(map(_is_distributed, node.all_input_nodes))
 
 
 def ranks() -> tuple[int, int]:

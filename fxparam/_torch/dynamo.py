@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ __all__ = [
     "clear_trace_marks",
     "compilation",
     "dynamo_export",
+    "ends_with_a_break",
     "is_in_traced_generator",
     "is_opaque_wrapper",
     "is_parameter_or_buffer",
@@ -31,6 +33,7 @@ __all__ = [
     "lookup_backend",
     "nest_results",
     "restart_trace",
+    "resumed_function",
     "skip_frames_of",
     "trace_marks",
     "trace_memory",
@@ -97,6 +100,19 @@ def traced_code() -> types.CodeType | None:
     """Return the code of the frame that Dynamo is tracing; None while it traces none."""
     output = tracer_output()
     return None if output is None else output.root_tx.f_code
+
+
+def resumed_function(code: types.CodeType | None) -> str:
+    """Return the name of the function that code behind a graph break belongs to, else nothing."""
+    name = "" if code is None else code.co_name
+    found = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", name)
+    return "" if found is None else found[1]
+
+
+def ends_with_a_break(gm: torch.fx.GraphModule) -> bool:
+    """Check whether the code goes on behind a graph that Dynamo has captured."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def compilation() -> object:

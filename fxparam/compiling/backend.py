@@ -25,7 +25,7 @@ from fxparam._torch.guards import guard_shared_memory
 from fxparam._torch.inductor import inductor_with
 from fxparam._torch.names import trace_artifact
 from fxparam.compiling.artifacts import warn_of_artifacts
-from fxparam.compiling.check_ranks import check_ranks
+from fxparam.compiling.check_ranks import check_ranks, compare_exchanges
 from fxparam.compiling.failures import PassFailedError, is_disabled, is_strict, named
 from fxparam.compiling.in_region import FirstReaders, with_values_of_region
 from fxparam.compiling.own_frames import leave_own_frames_to_eager_code
@@ -75,7 +75,7 @@ class Backend:
         strict: bool | None = None,
         lower: bool = True,
         batch: bool = True,
-        check_ranks: bool = False,
+        check_ranks: bool | None = None,
     ) -> None:
         self._inner, self._mode, self._options = inner, mode, options or {}
         self._max_bytes, self._strict = max_bytes, strict
@@ -98,8 +98,7 @@ class Backend:
             given["lower"] = False
         if not self._batch:
             given["batch"] = False
-        if self._check_ranks:
-            given["check_ranks"] = True
+        given["check_ranks"] = self._check_ranks
         options = "".join(f", {k}={v!r}" for k, v in given.items() if v is not None)
         return f"fxparam.backend({inner!r}{options})"
 
@@ -184,6 +183,8 @@ class Backend:
         self._record(result)
         if self._check_ranks:
             check_ranks(result.graph_module, result.report)
+        elif self._check_ranks is None:
+            compare_exchanges(result.graph_module)
         if len(result.apart) > 1:
             guard_shared_memory(result.apart)
         if result.has_bodies:
@@ -323,7 +324,7 @@ def backend(
     strict: bool | None = None,
     lower: bool = True,
     batch: bool = True,
-    check_ranks: bool = False,
+    check_ranks: bool | None = None,
     **options: Any,
 ) -> Backend:
     """Return a ``torch.compile`` backend that shares evaluations, then calls ``inner``.
@@ -343,8 +344,10 @@ def backend(
             function and derivative up to rounding.
         batch: evaluations of different tensors that are the same computation, of the same shapes,
             run as one where that is faster. False: each runs by itself.
-        check_ranks: True: while ranks compile a graph with collectives, they compare what they
-            share, and raise within 20 seconds if they differ. Else they would wait for each other.
+        check_ranks: ranks that share other collectives than each other would wait for ever. None:
+            while they compile, one that finds another plan than the first rank's raises. True: they
+            also compare what they share, and wait for each other, 20 seconds at most. False: they
+            compare nothing.
         **options: as ``torch.compile(options=...)``, handed to ``inner``.
 
     Raises:
@@ -368,9 +371,9 @@ def backend(
         raise TypeError(f"inner must be a backend's name or a callable: got {type(inner).__name__}")
     if not isinstance(max_bytes, (int, float)):
         raise TypeError(f"max_bytes must be a number of bytes: got {kind_of(max_bytes)}")
-    switches = {"lower": lower, "batch": batch, "check_ranks": check_ranks}
-    for name, switch in switches.items():
-        if not isinstance(switch, bool):
+    for name, switch in {"lower": lower, "batch": batch, "check_ranks": check_ranks}.items():
+        unset = name == "check_ranks" and switch is None
+        if not (unset or isinstance(switch, bool)):
             raise TypeError(f"{name} must be True or False: got {switch!r}")
     return Backend(inner, mode, options, max_bytes, strict, lower, batch, check_ranks)
 

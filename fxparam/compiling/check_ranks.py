@@ -1,9 +1,12 @@
 """Do all ranks share the same evaluations? Asked while they compile, where collectives are shared.
 
-A rank that shares a gather where another runs it twice makes both wait for ever. Each rank writes
-its plan for a frame, the collectives and evaluations of its graph, to the store of the process
-group, and waits until every other rank has written the same one. Ranks may compile at other times,
-and some of them anew for other shapes: a plan that the others have had counts.
+A rank that shares a gather where another runs it twice makes both wait for ever. Ranks therefore
+compare their plans for the code that they compile, through the store of the process group. Some
+compile later than others, and some anew for other shapes.
+
+Without being asked, ranks compare the exchanges of data alone, and none waits: of the ranks that
+exchange data, the first one to compile writes its plan, and one that comes later with another plan
+raises. A plan that a rank has had before is not compared again, so that the n-th plan of each is.
 """
 
 from __future__ import annotations
@@ -17,13 +20,21 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fxparam._torch.collectives import collectives_of, ranks, store_of_ranks
-from fxparam._torch.dynamo import traced_code
+from fxparam._torch.collectives import collectives_of, exchanges_of, ranks, store_of_ranks
+from fxparam._torch.dynamo import ends_with_a_break, resumed_function, traced_code
 from fxparam.graph.report import Report
+from fxparam.marks import is_for_a_region_around
 
-__all__ = ["RanksDifferError", "check_ranks"]
+__all__ = ["RanksDifferError", "check_ranks", "compare_exchanges"]
 
 _SECONDS = 20
+_SWITCH = "\nfxparam.backend(check_ranks=False) compiles without comparing."
+_PLACES = {
+    "after": "in the rest of a whole graph",
+    "resumed": "behind a graph break on another rank",
+}
+# The plans that this rank has had, by code and group of ranks.
+_plans: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
 
 class RanksDifferError(RuntimeError):
@@ -46,8 +57,7 @@ def check_ranks(gm: GraphModule, report: Report) -> None:
         return
     counts = [f"{e.name}: evaluated {e.runs_before} times, now {e.runs}" for e in report.entries]
     plan = [*counts, *(f"collective {name}" for name in collectives)]
-    code = traced_code()
-    frame = "graph" if code is None else f"{code.co_name}:{code.co_firstlineno}"
+    frame = _frame()
     store, text = store_of_ranks(), json.dumps(plan)
     digest = hashlib.sha1(text.encode()).hexdigest()
     store.set(f"fxparam/{frame}/latest/{own}", text)
@@ -56,6 +66,71 @@ def check_ranks(gm: GraphModule, report: Report) -> None:
         key = f"fxparam/{frame}/{digest}/{rank}"
         if not store.check([key]) and not _arrives(store, key):
             raise RanksDifferError(_message(store, frame, plan, own, rank))
+
+
+def compare_exchanges(gm: GraphModule) -> None:
+    """Compare the exchanges of a graph with those of the rank that has compiled it first.
+
+    Where a graph breaks on one of two ranks, the exchanges behind the break are compared with what
+    the whole graph of the other has there.
+
+    Args:
+        gm: the graph as it will be compiled.
+
+    Raises:
+        RanksDifferError: they are others.
+    """
+    own, count = ranks()
+    if count == 1:
+        return
+    for group, names in exchanges_of(gm, is_for_a_region_around).items():
+        frame, broken = _frame(), ends_with_a_break(gm)
+        text = json.dumps([own, names, broken])
+        plans = _plans.setdefault((frame, group), [])
+        if text in plans:
+            continue
+        plans.append(text)
+        store = store_of_ranks()
+        members = hashlib.sha1(repr(group).encode()).hexdigest()
+        first = store.compare_set(f"fxparam/{frame}/{members}/{len(plans)}", "", text)
+        rank, theirs, broken_there = json.loads(first.decode())
+        shared = min(len(names), len(theirs))
+        if (broken or broken_there) and names[:shared] == theirs[:shared]:
+            if broken != broken_there:
+                whole, part = (theirs, names) if broken else (names, theirs)
+                _meet(store, frame, members, "after", "resumed", whole[len(part) :])
+        elif names != theirs:
+            raise RanksDifferError(_difference(frame, names, theirs, own, rank) + _SWITCH)
+        resumed = resumed_function(traced_code())
+        if resumed:
+            _meet(store, resumed, members, "resumed", "after", names)
+
+
+def _meet(
+    store: Any, function: str, members: str, mine: str, other: str, names: Sequence[str]
+) -> None:
+    """Compare what is behind a break on one rank with the rest of the whole graph of another.
+
+    Args:
+        store: that of the ranks.
+        function: its name.
+        members: what names the group of ranks.
+        mine, other: which of the two is known here: each is written, and the other one looked for.
+        names: the exchanges.
+    """
+    name = function.partition(":")[0]
+    store.set(f"fxparam/{name}/{members}/{mine}", json.dumps(names))
+    if store.check([f"fxparam/{name}/{members}/{other}"]):
+        theirs = json.loads(store.get(f"fxparam/{name}/{members}/{other}"))
+        if theirs != list(names):
+            found = f"{names} {_PLACES[mine]} and {theirs} {_PLACES[other]}"
+            raise RanksDifferError(_required(name, found) + _SWITCH)
+
+
+def _frame() -> str:
+    """Return what names the code that is being compiled on every rank."""
+    code = traced_code()
+    return "graph" if code is None else f"{code.co_name}:{code.co_firstlineno}"
 
 
 def _arrives(store: Any, key: str) -> bool:
@@ -69,12 +144,19 @@ def _arrives(store: Any, key: str) -> bool:
 def _message(store: Any, frame: str, plan: Sequence[str], own: int, rank: int) -> str:
     key = f"fxparam/{frame}/latest/{rank}"
     if store.check([key]):
-        theirs = json.loads(store.get(key))
-        pairs = enumerate(zip_longest(plan, theirs, fillvalue="nothing"))
-        i, (mine, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        found = f"line {i} of the plan is '{mine}' on rank {own} and '{other}' on rank {rank}"
-    else:
-        found = f"rank {rank} has not compiled it within {_SECONDS} seconds"
+        return _difference(frame, plan, json.loads(store.get(key)), own, rank)
+    return _required(frame, f"rank {rank} has not compiled it within {_SECONDS} seconds")
+
+
+def _difference(frame: str, plan: Sequence[str], theirs: Sequence[str], own: int, rank: int) -> str:
+    pairs = enumerate(zip_longest(plan, theirs, fillvalue="nothing"))
+    i, (mine, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    return _required(
+        frame, f"line {i} of the plan is '{mine}' on rank {own} and '{other}' on rank {rank}"
+    )
+
+
+def _required(frame: str, found: str) -> str:
     return (
         "Ranks would run other collectives than each other, and wait for ever.\n"
         f"required: the same plan for '{frame}' on every rank\nfound: {found}"

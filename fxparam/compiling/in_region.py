@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from fxparam._torch.collectives import collectives_of
 from fxparam._torch.dynamo import restart_trace, traced_code
 from fxparam.graph.passes.take_outside import CannotTakeOut, TakenOut, all_of, take_outside
 from fxparam.scopes import under_dynamo
@@ -59,6 +60,9 @@ def with_values_of_region(
     except CannotTakeOut as refused:
         under_dynamo.keep_out_of_graphs(*refused.chains)
         restart_trace(str(refused))
+    together = bool(collectives_of(gm)) and any(
+        collectives_of(alone([i])) for i in range(len(outside))
+    )
     _log.info("%d values are those of the cached() region around the graph", len(outside))
 
     def evaluation(group: list[int], inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -69,7 +73,7 @@ def with_values_of_region(
 
     def evaluate(group: list[int], compute: Callable[..., Any], args: Sequence[Any]) -> Evaluate:
         reads = [outside[i].read_by(args) for i in group]
-        return Evaluate(partial(compute, *args), reads, outside[group[0]].additive)
+        return Evaluate(partial(compute, *args), reads, outside[group[0]].additive, together)
 
     def compile(_: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = _with_needed(inner, rest, [*inputs, *(each.value for each in outside)])

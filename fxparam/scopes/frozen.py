@@ -107,9 +107,11 @@ class FrozenRegion(store.Region):
         for chain, value, is_pure, was in zip(new.chains, values, pure, before, strict=True):
             if is_pure:
                 # The state from before: another thread may have written by now.
-                self._frozen.keep(chain, value, new.modes, was)
+                self._frozen.keep(chain, value, new.modes, was, together=new.together)
             elif self._of_call is not None:
-                self._of_call.keep(chain, value, new.modes, state_of(chain), new.saved)
+                self._of_call.keep(
+                    chain, value, new.modes, state_of(chain), new.saved, new.together
+                )
         return values
 
     def forget(self, chain: Module) -> None:

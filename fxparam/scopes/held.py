@@ -22,6 +22,13 @@ __all__ = ["HeldValue", "Saved", "Values", "state_of"]
 #: Tensors, and the version that each had.
 Saved = Sequence[tuple[Tensor, int]]
 
+_ALONE = (
+    "A value that ranks compute together was evaluated in a region, and would have to be again.\n"
+    "required: a change of parameters, which optimizers make on all ranks\n"
+    "found: only the value, a buffer or an attribute was changed; if other ranks have not changed "
+    "it, all would wait for each other\nChange it outside of the region."
+)
+
 
 def state_of(chain: Module) -> Unchanged | Snapshot:
     """Return the present state of what evaluations of a list read; the quick kind where it does."""
@@ -38,9 +45,10 @@ class HeldValue:
         state: compares what is there now with what was there then.
         saved: what one graph of autograd may have saved for this value and others, with versions.
         modes: from :func:`~fxparam.scopes.modes.present`.
+        parameters: those of the list, with versions, if ranks evaluate together; else None.
     """
 
-    __slots__ = ("modes", "saved", "state", "value", "version")
+    __slots__ = ("modes", "parameters", "saved", "state", "value", "version")
 
     def __init__(
         self,
@@ -52,6 +60,7 @@ class HeldValue:
         self.value, self.state, self.modes = value, state, modes
         self.version = version_of(value)
         self.saved = saved if value.requires_grad else ()
+        self.parameters: Saved | None = None
 
     def is_written(self) -> bool:
         """Check whether the value itself was written."""
@@ -63,6 +72,17 @@ class HeldValue:
         The others were computed in the same graph of autograd, which has one backward for all.
         """
         return any(was_written(tensor, version) for tensor, version in self.saved)
+
+    def is_stale_here_alone(self, chain: Module) -> bool:
+        """Check whether this rank may evaluate anew where the other ranks do not.
+
+        Optimizers and assignments change parameters on all ranks. What else an evaluation reads,
+        one rank may change by itself.
+        """
+        if self.parameters is None or self.is_written():
+            return self.parameters is not None
+        same = list(map(id, chain.parameters())) == [id(p) for p, _ in self.parameters]
+        return same and not any(was_written(p, version) for p, version in self.parameters)
 
     @classmethod
     def of(
@@ -135,6 +155,8 @@ class Values:
                 if state is State.WRITTEN:
                     say_if_lost(held.value)
                     self._drop(chain, held)
+                    if held.is_stale_here_alone(chain):
+                        raise RuntimeError(_ALONE)
         return None
 
     def keep(
@@ -144,10 +166,18 @@ class Values:
         modes: tuple[object, ...],
         state: Unchanged | Snapshot,
         saved: Saved = (),
+        together: bool = False,
     ) -> None:
-        """Hold a new value, if it may outlive this read; see :meth:`HeldValue.of`."""
+        """Hold a new value, if it may outlive this read; see :meth:`HeldValue.of`.
+
+        Args:
+            together: whether the evaluation waits for other ranks.
+        """
         held = HeldValue.of(value, modes, state, saved)
         if held is not None:
+            if together:
+                versions = ((p, version_of(p)) for p in chain.parameters())
+                held.parameters = [(p, version) for p, version in versions if version is not None]
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))
             self._of[identity] = known, (*others, held)[-self._kept :]

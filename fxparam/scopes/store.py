@@ -97,6 +97,7 @@ class Evaluations(NamedTuple):
     compiled: Callable[[], Sequence[Tensor]] | None = None
     additive: bool = False
     saved: Saved = ()
+    together: bool = False
 
 
 class Evaluate(NamedTuple):
@@ -106,11 +107,13 @@ class Evaluate(NamedTuple):
         run: returns the values.
         reads: the tensors that each is computed from.
         additive: whether the backward of each is known to be additive in the gradient.
+        together: whether they wait for other ranks.
     """
 
     run: Callable[[], Sequence[Tensor]]
     reads: Sequence[Sequence[Tensor]]
     additive: bool
+    together: bool = False
 
     def versions(self) -> Saved:
         """Return what several evaluations may save for their backward."""
@@ -261,6 +264,8 @@ class Region:
                 new = new._replace(
                     compiled=run, additive=compiled.additive, saved=compiled.versions()
                 )
+            if compiled is not None:
+                new = new._replace(together=compiled.together)
             for i, value in zip(missing, self.keep(new), strict=True):
                 found[i] = value
         return [value for value in found if value is not None]
@@ -277,7 +282,7 @@ class Region:
         for chain, was, value in zip(new.chains, before, values, strict=True):
             # What an evaluation wrote itself (spectral norm's vectors) does not make it stale.
             state = was if was.compare(chain) is State.SAME else state_of(chain)
-            self.values.keep(chain, value, new.modes, state, new.saved)
+            self.values.keep(chain, value, new.modes, state, new.saved, new.together)
         return values
 
     @property

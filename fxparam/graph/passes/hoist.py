@@ -16,6 +16,7 @@ from functools import partial
 
 from torch.fx import GraphModule, Node
 
+from fxparam._torch.collectives import collectives_of
 from fxparam.graph.analysis.bodies import is_run_by_itself
 from fxparam.graph.analysis.derived import derive, is_parameter
 from fxparam.graph.analysis.effects import analyze
@@ -23,6 +24,7 @@ from fxparam.graph.analysis.evaluations import Evaluation, all_evaluations, eval
 from fxparam.graph.analysis.nesting import Level, inputs_kept_apart, levels_of
 from fxparam.graph.analysis.nodes import body_of
 from fxparam.graph.passes.copy_aliases import copy_aliases
+from fxparam.graph.passes.copy_gathered import copy_gathered
 from fxparam.graph.passes.drop_idle_switches import drop_idle_switches
 from fxparam.graph.passes.move_out import Motion, move_out
 from fxparam.graph.passes.share import Sharing, share
@@ -126,6 +128,9 @@ class _Rounds:
         self._analyze = partial(analyze, gm, grad_enabled=grad_enabled, autocast_now=autocast_now)
         self._levels = self._look()
         self._account = _Account(all_evaluations(self._levels))
+        if collectives_of(gm):
+            self._account.changed |= copy_gathered(self._levels)
+            self._levels = self._look()
         self._apart = inputs_kept_apart(self._levels)
 
     def _look(self) -> list[Level]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -155,6 +156,44 @@ def check_sizes_of_a_rank_decide_nothing() -> None:
     torch.testing.assert_close(module.parametrizations.weight.original.grad, expected[1])
 
 
+class AllRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_collectives.all_gather_tensor_autograd(x, 0, dist.group.WORLD)
+
+
+def check_a_value_that_one_rank_keeps_or_writes() -> None:
+    def counted(forward: Any, layer: nn.Module, x: Tensor) -> tuple[dict[str, int], Any]:
+        torch.compiler.reset()
+        compiled = torch.compile(forward, backend=fxparam.backend("aot_eager"), fullgraph=True)
+        compiled(layer, x).sum().backward()
+        found = one_step(
+            layer, lambda: compiled(layer, x).square().sum().backward(), "plain", check=False
+        ).collectives
+        grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        layer.zero_grad()
+        forward(layer, x).square().sum().backward()
+        expected = [p.grad for p in layer.parameters() if p.grad is not None]
+        torch.testing.assert_close(grads, expected)
+        return found, layer
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        for step in range(3):
+            w = layer.weight
+            if dist.get_rank() == 0 and step == 0:
+                layer.kept = w.detach()  # type: ignore[assignment]
+            if dist.get_rank() == 0 and step == 1 and "parametrizations" in layer._modules:
+                w.detach().mul_(2)  # of a DTensor's torch refuses it
+            x = torch.tanh(x @ w)
+        return x
+
+    x = torch.ones(2, WIDTH)
+    layer = nn.Linear(WIDTH, WIDTH // dist.get_world_size(), bias=False)
+    fxparam.register_parametrization(layer, "weight", AllRows(), unsafe=True)
+    assert counted(forward, layer, x)[0] == {"all_gather": 1, "all_reduce": 1}
+    sharded = _gathering(nn.Linear(WIDTH, WIDTH, bias=False))
+    assert counted(forward, sharded, x)[0] == {"all_gather": 1, "all_reduce": 1}
+
+
 def check_ranks_may_compile_anew_alone() -> None:
     compiled = torch.compile(
         Rows(8), backend=fxparam.backend("aot_eager", check_ranks=True), fullgraph=True
@@ -181,3 +220,102 @@ def check_ranks_that_differ_raise() -> None:
     assert "Ranks would run other collectives" in message, message
     assert "evaluated 2 times, now 1" in message, message
     dist.barrier()
+
+
+class _StopError(Exception):
+    """Raised in place of compiling: nothing is run that ranks would wait for."""
+
+
+def _compiled_in_turn(forward: Any, layer: nn.Module) -> list[str]:
+    """Compile on one rank after the other; return the errors of all."""
+
+    def stop(gm: Any, inputs: Any) -> Any:
+        raise _StopError
+
+    error = ""
+    for rank in range(dist.get_world_size()):
+        if rank == dist.get_rank():
+            torch.compiler.reset()
+            try:
+                torch.compile(forward, backend=fxparam.backend(stop))(layer, torch.ones(2, WIDTH))
+            except Exception as raised:
+                error = str(raised.__cause__ or raised)
+        dist.barrier()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, error)
+    return found
+
+
+def check_a_rank_that_comes_later_with_another_plan_raises() -> None:
+    layer = nn.Linear(WIDTH, WIDTH // dist.get_world_size(), bias=False)
+    fxparam.register_parametrization(layer, "weight", AllRows(), unsafe=True)
+
+    def more_on_one(layer: nn.Module, x: Tensor) -> Tensor:
+        if dist.get_rank() == 0:
+            x = functional_collectives.all_reduce(x, "sum", dist.group.WORLD)
+        return x @ layer.weight @ layer.weight
+
+    errors = _compiled_in_turn(more_on_one, layer)
+    assert all("Ranks would run other collectives" in error for error in errors[1:]), errors
+    assert "Ranks would" not in errors[0]
+
+    def alike(layer: nn.Module, x: Tensor) -> Tensor:
+        if dist.get_rank() == 0:
+            x = 2 * x
+        return x @ layer.weight @ layer.weight
+
+    assert not any("Ranks would" in error for error in _compiled_in_turn(alike, layer))
+
+
+def check_a_graph_break_on_one_rank_raises() -> None:
+    layer = nn.Linear(WIDTH, WIDTH // dist.get_world_size(), bias=False)
+    fxparam.register_parametrization(layer, "weight", AllRows(), unsafe=True)
+    errors, text = [], ""
+
+    def broken(layer: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(x @ layer.weight)
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return torch.tanh(x @ layer.weight)
+
+    def without_waiting(gm: Any, inputs: Any) -> Any:
+        return lambda *_: [torch.ones(2, WIDTH)]
+
+    torch.compiler.reset()
+    for rank in range(dist.get_world_size()):
+        if rank == dist.get_rank():
+            compiled = torch.compile(broken, backend=fxparam.backend(without_waiting))
+            try:
+                compiled(layer, torch.ones(2, WIDTH))
+            except Exception as raised:
+                text = str(raised.__cause__ or raised)
+        dist.barrier()
+    errors = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, text)
+    assert "behind a graph break" in "".join(errors), errors
+
+
+def check_a_buffer_that_one_rank_may_write_alone() -> None:
+    class Scaled(AllRows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    layer = nn.Linear(WIDTH, WIDTH // dist.get_world_size(), bias=False)
+    fxparam.register_parametrization(layer, "weight", Scaled(), unsafe=True)
+    compiled = torch.compile(
+        lambda x: x @ layer.weight, backend=fxparam.backend("aot_eager"), fullgraph=True
+    )
+    x = torch.ones(2, WIDTH)
+    with fxparam.cached():
+        compiled(x)
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(2)  # as an optimizer does
+        torch.testing.assert_close(compiled(x), x @ layer.weight)
+        layer.parametrizations.weight[0].scale.mul_(2)
+        with pytest.raises(RuntimeError, match="ranks compute together"):
+            compiled(x)
+    torch.testing.assert_close(compiled(x), x @ layer.weight)
