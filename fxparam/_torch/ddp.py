@@ -39,22 +39,35 @@ class SeesWholeGraphs(Protocol):
     """A backend that is given a graph before it is split."""
 
     def compile_whole(
-        self, gm: torch.fx.GraphModule, inputs: Sequence[Any], split: Split
+        self,
+        gm: torch.fx.GraphModule,
+        inputs: Sequence[Any],
+        split: Split,
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile a graph with ``split``, which calls this backend with its parts."""
 
 
 def backend_behind(backend: object) -> object:
     """Return the backend that a user has given, without torch's wrappers around it."""
+    return _behind(backend)[0]
+
+
+def _behind(backend: object) -> tuple[object, dict[str, Any]]:
+    """Return it, and the ``mode`` and ``options`` that were given to ``torch.compile``."""
     seen: list[object] = []
+    given: dict[str, Any] = {}
     while backend is not None and backend not in seen:
         seen.append(backend)
         splitter = getattr(backend, "__self__", None)
         inner = getattr(backend, "_torchdynamo_orig_backend", None)
-        inner = inner or getattr(backend, "compiler_fn", None)
+        if inner is None and hasattr(backend, "compiler_fn"):
+            inner, given = backend.compiler_fn, getattr(backend, "kwargs", {})
         inner = inner or getattr(splitter, "backend_compile_fn", None)
         backend = inner or backend
-    return seen[-1] if seen else None
+    return seen[-1] if seen else None, given
 
 
 def is_reduced(parameter: Tensor) -> bool:
@@ -82,10 +95,10 @@ def see_whole_graphs(kind: type[SeesWholeGraphs]) -> None:
 
     @functools.wraps(split)
     def compile_fn(self: Any, gm: Any, example_inputs: Any, **settings: Any) -> Any:
-        backend = backend_behind(self.backend_compile_fn)
+        backend, given = _behind(self.backend_compile_fn)
         parts = functools.partial(split, self, **settings)
         if isinstance(backend, kind):
-            return backend.compile_whole(gm, example_inputs, parts)
+            return backend.compile_whole(gm, example_inputs, parts, **given)
         return parts(gm, example_inputs)
 
     compile_fn.of_fxparam = True  # type: ignore[attr-defined]

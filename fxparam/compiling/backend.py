@@ -135,7 +135,13 @@ class Backend:
         return self._compile(gm, example_inputs, inner, inner)
 
     def compile_whole(
-        self, gm: GraphModule, inputs: Sequence[Any], split: Callable[..., Any]
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        split: Callable[..., Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Hoist a graph of a model in ``DistributedDataParallel``, then let it be split.
 
@@ -143,6 +149,7 @@ class Backend:
             gm: the graph.
             inputs: those it is called with the first time.
             split: compiles a graph in parts, each by a call of this backend.
+            mode, options: those given to ``torch.compile``.
         """
 
         def in_parts(gm: GraphModule, inputs: Sequence[Any]) -> Any:
@@ -153,7 +160,7 @@ class Backend:
                 self._gets_parts = False
 
         warn_of_artifacts()
-        inner = self._configured(self._mode, self._options)
+        inner = self._configured(mode or self._mode, {**self._options, **(options or {})})
         return self._compile(gm, inputs, in_parts, outside_split(inner))
 
     def _compile(

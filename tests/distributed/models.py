@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,10 @@ def one_step(
         expected, grads = reference(kind)
         torch.testing.assert_close(_whole(output), expected)
         found = {_plain(n): p.grad for n, p in module.named_parameters()}
+        # Where the original is what is gathered by a parametrization.
+        found |= {
+            re.sub(r"parametrizations\.(\w+)\.original$", r"\1", n): g for n, g in found.items()
+        }
         for name, grad in grads.items():
             torch.testing.assert_close(_whole(found[name]), grad, msg=lambda m, n=name: f"{n}: {m}")
     names = (name.removeprefix("gloo:") for name in gloo)

@@ -151,3 +151,17 @@ def check_new_parameters_are_refused() -> None:
     parallel(batch()).sum().backward()
     alone = model("plain")
     weight_norm(alone.cell.wx)
+
+
+def check_options_of_compile_reach_evaluations() -> None:
+    given: list[object] = []
+
+    def inner(gm: Any, inputs: Any, options: Any = None) -> Any:
+        given.append(options)
+        return gm
+
+    ddp = _wrapped(model("pure"))
+    compiled = torch.compile(ddp, backend=fxparam.backend(inner), options={"x": 1})
+    with fxparam.cached():
+        compiled(batch())
+    assert len(given) > 1 and all(options == {"x": 1} for options in given), given

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 import fxparam
 from fxparam.compiling import check_ranks
+from fxparam.distributed import Sharded
 from tests import helpers
 from tests.distributed.models import WIDTH, Step, batch, model, one_step
 
@@ -52,7 +53,7 @@ def _gathering(module: nn.Module) -> nn.Module:
     return module
 
 
-def _step(module: nn.Module, kind: str, *, grad: bool = True) -> Step:
+def _step(module: nn.Module, kind: str, *, grad: bool = True, check: bool = True) -> Step:
     compiled = torch.compile(module, backend=fxparam.backend("aot_eager"), fullgraph=True)
 
     def run() -> Any:
@@ -62,7 +63,7 @@ def _step(module: nn.Module, kind: str, *, grad: bool = True) -> Step:
             output.square().mean().backward()
         return output.detach()
 
-    return one_step(module, run, kind, check=grad)
+    return one_step(module, run, kind, check=grad and check)
 
 
 # Before, Dynamo makes a function of each redistribution, of which no two are known to be the same.
@@ -81,6 +82,60 @@ def check_one_gather_for_each_parameter() -> None:
         assert sum(step.collectives.values()) == 2 * count, (kind, step)
         inference = _step(_gathering(model(kind)), kind, grad=False)
         assert sum(inference.collectives.values()) == count, (kind, inference)
+
+
+def _sharded(module: nn.Module) -> nn.Module:
+    """Shard each parameter, and gather it by a parametrization."""
+    shards: dict[Any, Any] = {}
+    for each in list(module.modules()):
+        for name, held in list(each.named_parameters(recurse=False)):
+            if held not in shards:
+                shards[held] = nn.Parameter(distribute_tensor(held.detach(), _mesh(), [Shard(0)]))
+            each.register_parameter(name, shards[held])
+            fxparam.register_parametrization(each, name, Sharded())
+    return module
+
+
+def check_sharded_as_a_parametrization() -> None:
+    if not _UNDERSTOOD:
+        return
+    for kind in ("plain", "pure", "orthogonal"):
+        evaluations = (0, 0) if kind == "plain" else (2, 2)
+        step = _step(_sharded(model(kind)), kind)
+        assert step == Step(evaluations, {"all_gather": 5, "all_reduce": 5}), kind
+        step = _step(_sharded(model(kind)), kind, grad=False)
+        assert step == Step((evaluations[0], 0), {"all_gather": 5}), kind
+    made, sharded = model("orthogonal"), _sharded(model("orthogonal"))
+    keys = {*made.state_dict()}
+    assert {*fxparam.plain_state_dict(sharded, full=False)} == {
+        key.replace(".parametrizations.weight.original", ".weight")
+        for key in keys
+        if not key.endswith(".base")
+    }
+    value = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    plain = _sharded(nn.Linear(WIDTH, WIDTH))
+    plain.weight = value
+    torch.testing.assert_close(plain.weight, value)
+    with pytest.raises(TypeError, match="distribute_tensor"):
+        fxparam.register_parametrization(nn.Linear(2, 2), "weight", Sharded())
+    with pytest.raises(ValueError, match="'avg' or 'sum'"):
+        Sharded("mean")
+
+
+def check_tied_weights_are_gathered_once() -> None:
+    if not _UNDERSTOOD:
+        return
+    for shard in (_gathering_tied, _sharded):
+        module = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, False))
+        module[1].weight = module[0].weight
+        step = _step(shard(module), "plain", check=False)
+        assert step.collectives == {"all_gather": 1, "all_reduce": 1}, shard
+
+
+def _gathering_tied(module: nn.Module) -> nn.Module:
+    made = _gathering(module)
+    made[1]._parameters["weight"] = made[0]._parameters["weight"]  # type: ignore[index]
+    return made
 
 
 def check_plain_weights_beside_dtensors() -> None:

@@ -166,3 +166,21 @@ def check_what_makes_new_parameters_is_refused() -> None:
             refused(module.cell.wx)
         assert before == {name: id(p) for name, p in module.named_parameters()}
         module(batch()).sum().backward()
+
+
+def check_micro_batches_are_reduced_once() -> None:
+    for cell in (True, False):
+        module = _sharded("pure", cell=cell)
+        backend = fxparam.backend("aot_eager")
+        compiled = torch.compile(module, backend=backend)
+
+        def run(module: Any = module, compiled: Any = compiled) -> Any:
+            with fxparam.accumulate(module):
+                for last in (False, True):
+                    module.set_requires_gradient_sync(last)
+                    output = compiled(batch())
+                    (output.square().mean() / 2).backward()
+            return output.detach()
+
+        step = one_step(module, run, "pure")
+        assert step.evaluations == (2, 2), (cell, step)
