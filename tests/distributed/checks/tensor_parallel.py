@@ -23,7 +23,7 @@ import fxparam
 from fxparam.distributed import ParametrizedParallel
 from fxparam.parametrizations import orthogonal, spectral_norm, weight_norm
 from tests import helpers
-from tests.distributed.models import Half
+from tests.distributed.models import Half, one_step
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 
@@ -154,3 +154,48 @@ def check_what_is_refused() -> None:
         with pytest.raises(ValueError, match="is a DTensor"):
             wrap(plain)
         assert not fxparam.is_parametrized(plain)
+
+
+class Gram(nn.Module):
+    """Computed from a ``DTensor`` as it is: the product of its rows with all others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ x.mT)
+
+
+def check_parametrizations_of_dtensors() -> None:
+    if torch.__version__ < "2.13":  # Dynamo makes a function of each redistribution there
+        return
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        parallelize_module(layers, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        for layer in layers:
+            fxparam.register_parametrization(layer, "weight", Gram())
+        return layers
+
+    def repeated(layers: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = layers(x)
+        return x
+
+    found = {}
+    for name in ("eager", "aot_eager", "fxparam"):
+        module = made()
+        torch.compiler.reset()
+        backend = fxparam.backend("aot_eager") if name == "fxparam" else name
+        compiled = torch.compile(repeated, backend=backend)
+
+        def run(compiled: Any = compiled, module: Any = module) -> Any:
+            output = compiled(module, X)
+            output.sum().backward()
+            return output.detach()
+
+        step = one_step(module, run, "plain", check=False)
+        grads = [_whole(p.grad) for p in module.parameters()]
+        found[name] = (run(), grads, step.collectives)
+    torch.testing.assert_close(found["fxparam"][:2], found["eager"][:2])
+    ours, theirs = found["fxparam"][2], found["aot_eager"][2]
+    assert ours["all_gather"] < theirs["all_gather"] and ours["all_reduce"] < theirs["all_reduce"]
