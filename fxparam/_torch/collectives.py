@@ -78,8 +78,8 @@ def _group_of(node: Node) -> tuple[int, ...]:
     if node.op not in ("call_function", "call_method"):
         return ()
     if op_name(node) in ("redistribute", "full_tensor"):
-        (read, *_) = (n.meta.get("example_value") for n in node.all_input_nodes)
-        mesh = getattr(read, "device_mesh", None)
+        values = (n.meta.get("example_value") for n in node.all_input_nodes)
+        mesh = getattr(next(values, None), "device_mesh", None)
         return () if mesh is None else tuple(mesh.mesh.flatten().tolist())
     if not _is_collective(node.target) or op_name(node) == "wait_tensor":
         return ()

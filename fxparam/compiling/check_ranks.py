@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
@@ -118,7 +119,7 @@ def _meet(
         mine, other: which of the two is known here: each is written, and the other one looked for.
         names: the exchanges.
     """
-    name = function.partition(":")[0]
+    name = function.partition(" ")[0]
     store.set(f"fxparam/{name}/{members}/{mine}", json.dumps(names))
     if store.check([f"fxparam/{name}/{members}/{other}"]):
         theirs = json.loads(store.get(f"fxparam/{name}/{members}/{other}"))
@@ -130,7 +131,9 @@ def _meet(
 def _frame() -> str:
     """Return what names the code that is being compiled on every rank."""
     code = traced_code()
-    return "graph" if code is None else f"{code.co_name}:{code.co_firstlineno}"
+    if code is None:
+        return "graph"
+    return f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})"
 
 
 def _arrives(store: Any, key: str) -> bool:
