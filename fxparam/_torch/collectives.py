@@ -99,6 +99,9 @@ def gives_what_ranks_have(node: Node) -> bool:
     name = op_name(node)
     if name in ("wait_tensor", "redistribute", "to_local", "full_tensor"):
         return True
+    if name == "getitem" and isinstance(node.args[0], Node):
+        # Before torch 2.13 Dynamo puts the wait into a function of autograd.
+        return op_name(node.args[0]) == "autograd_function_apply"
     return _is_distributed(node) or any(map(_is_distributed, node.all_input_nodes))
 
 
