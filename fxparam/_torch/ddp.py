@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -26,7 +25,7 @@ from fxparam._torch.names import lookup
 __all__ = [
     "SeesWholeGraphs",
     "backend_behind",
-    "is_reduced",
+    "is_reducing",
     "outside_split",
     "see_whole_graphs",
     "warn_of_parts",
@@ -70,9 +69,9 @@ def _behind(backend: object) -> tuple[object, dict[str, Any]]:
     return seen[-1] if seen else None, given
 
 
-def is_reduced(parameter: Tensor) -> bool:
-    """Check whether a parameter was given to a ``DistributedDataParallel``."""
-    return any(parameter is each for model in _models for each in model.module.parameters())
+def is_reducing(module: Module) -> bool:
+    """Check whether a module is in one that was given to ``DistributedDataParallel``."""
+    return any(module is each for model in _models for each in model.module.modules())
 
 
 def _note(module: Module, name: str, child: Module | None) -> None:

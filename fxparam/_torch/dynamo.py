@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ __all__ = [
     "annotate",
     "assign_local_of_traced_code",
     "clear_trace_marks",
+    "code_behind_a_break",
     "compilation",
     "dynamo_export",
     "ends_with_a_break",
@@ -33,7 +33,6 @@ __all__ = [
     "lookup_backend",
     "nest_results",
     "restart_trace",
-    "resumed_function",
     "skip_frames_of",
     "trace_marks",
     "trace_memory",
@@ -102,11 +101,11 @@ def traced_code() -> types.CodeType | None:
     return None if output is None else output.root_tx.f_code
 
 
-def resumed_function(code: types.CodeType | None) -> str:
-    """Return the name of the function that code behind a graph break belongs to, else nothing."""
-    name = "" if code is None else code.co_name
-    found = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", name)
-    return "" if found is None else found[1]
+def code_behind_a_break(code: types.CodeType | None) -> types.CodeType | None:
+    """Return the function that code goes on with behind a graph break; None for other code."""
+    made = lookup("torch._dynamo.resume_execution", "ContinueExecutionCache")
+    known = made.generated_code_metadata
+    return known[code].code if code is not None and code in known else None
 
 
 def ends_with_a_break(gm: torch.fx.GraphModule) -> bool:

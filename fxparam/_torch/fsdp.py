@@ -8,7 +8,7 @@ knows by module and name where to put each: whoever moves a parameter to another
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -16,7 +16,7 @@ from weakref import ref
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["Place", "gathered", "places", "shard_behind"]
+__all__ = ["Place", "gathered", "is_sharding", "places", "shard_behind"]
 
 # What gathers a tensor, by the identity of the tensor. There is no reference to the tensor itself:
 # torch swaps none that has weak ones.
@@ -46,16 +46,15 @@ class Place:
     """A parameter that ``fully_shard`` shards, and where it puts it.
 
     Attributes:
-        name: in the module that holds it.
         is_tied: whether other modules hold it as well.
         was_gathered: whether it was whole when it was asked for.
     """
 
     def __init__(self, group: Any, parameter: Any) -> None:
-        self._parameter, self._root = parameter, group.modules[0]
+        self._group, self._parameter = group, parameter
         self._held: Any = parameter._module_info
-        self.name: str = self._held.param_name
-        self.is_tied = bool(self._held.shared_modules)
+        # A module that has several names is there several times.
+        self.is_tied = any(each is not self._held.module for each in self._held.shared_modules)
         self.was_gathered = group.is_unsharded
 
     @property
@@ -66,16 +65,34 @@ class Place:
     @property
     def root(self) -> Any:
         """The module that was given to ``fully_shard``."""
-        return self._root
+        return self._group.modules[0]
 
-    @property
-    def module(self) -> Module:
-        """The module that holds the parameter."""
-        return self._held.module  # type: ignore[no-any-return]
+    def is_at(self, module: Module, names: Collection[str]) -> bool:
+        """Check whether a module holds the parameter, by one of some names."""
+        held = self._held
+        modules = (held.module, *held.shared_modules)
+        known = zip(modules, (held.param_name, *held.shared_param_names), strict=True)
+        return any(each is module and name in names for each, name in known)
 
     def move(self, module: Module, name: str) -> None:
-        """Let the parameter be put into another module from now on."""
-        self._held.module, self._held.param_name = module, name
+        """Let the parameter be put into another module from now on.
+
+        The modules that hold parameters have hooks that shard these for a state dict.
+        """
+        held, group = self._held, self._group
+        held.module, held.param_name = module, name
+        held.shared_modules[:] = [module] * len(held.shared_modules)
+        held.shared_param_names[:] = [name] * len(held.shared_param_names)
+        registered = (
+            group._module_to_pre_save_state_dict_hook_handle,
+            group._module_to_pre_load_state_dict_hook_handle,
+        )
+        if registered[0]:
+            for handles in registered:
+                for handle in handles.values():
+                    handle.remove()
+                handles.clear()
+            group._register_state_dict_hooks()
 
 
 def places(modules: Iterable[Module]) -> list[Place]:
@@ -84,8 +101,20 @@ def places(modules: Iterable[Module]) -> list[Place]:
         return []
     known = {id(module) for module in modules}
     return [
-        Place(group, each) for group, each in _parameters() if id(each._module_info.module) in known
+        Place(group, each)
+        for group, each in _parameters()
+        if not known.isdisjoint(
+            map(id, (each._module_info.module, *each._module_info.shared_modules))
+        )
     ]
+
+
+def is_sharding(module: Module) -> bool:
+    """Check whether a module is in one that was given to ``fully_shard``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    roots = {id(each): each for group, _ in _parameters() for each in group.modules}
+    return any(module is each for root in roots.values() for each in root.modules())
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch.fx import GraphModule
 
 from fxparam._torch.collectives import collectives_of, exchanges_of, ranks, store_of_ranks
-from fxparam._torch.dynamo import ends_with_a_break, resumed_function, traced_code
+from fxparam._torch.dynamo import code_behind_a_break, ends_with_a_break, traced_code
 from fxparam.graph.report import Report
 from fxparam.marks import is_for_a_region_around
 
@@ -30,10 +31,6 @@ __all__ = ["RanksDifferError", "check_ranks", "compare_exchanges"]
 
 _SECONDS = 20
 _SWITCH = "\nfxparam.backend(check_ranks=False) compiles without comparing."
-_PLACES = {
-    "after": "in the rest of a whole graph",
-    "resumed": "behind a graph break on another rank",
-}
 # The plans that this rank has had, by code and group of ranks.
 _plans: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
@@ -58,7 +55,7 @@ def check_ranks(gm: GraphModule, report: Report) -> None:
         return
     counts = [f"{e.name}: evaluated {e.runs_before} times, now {e.runs}" for e in report.entries]
     plan = [*counts, *(f"collective {name}" for name in collectives)]
-    frame = _frame()
+    frame = _frame(traced_code())
     store, text = store_of_ranks(), json.dumps(plan)
     digest = hashlib.sha1(text.encode()).hexdigest()
     store.set(f"fxparam/{frame}/latest/{own}", text)
@@ -84,53 +81,73 @@ def compare_exchanges(gm: GraphModule) -> None:
     own, count = ranks()
     if count == 1:
         return
+    code, broken = traced_code(), ends_with_a_break(gm)
     for group, names in exchanges_of(gm, is_for_a_region_around).items():
-        frame, broken = _frame(), ends_with_a_break(gm)
-        text = json.dumps([own, names, broken])
+        frame, text = _frame(code), json.dumps([own, names, broken])
         plans = _plans.setdefault((frame, group), [])
         if text in plans:
             continue
         plans.append(text)
-        store = store_of_ranks()
-        members = hashlib.sha1(repr(group).encode()).hexdigest()
-        first = store.compare_set(f"fxparam/{frame}/{members}/{len(plans)}", "", text)
+        key = _key(frame, group)
+        first = store_of_ranks().compare_set(key, "", text)
         rank, theirs, broken_there = json.loads(first.decode())
         shared = min(len(names), len(theirs))
         if (broken or broken_there) and names[:shared] == theirs[:shared]:
             if broken != broken_there:
                 whole, part = (theirs, names) if broken else (names, theirs)
-                _meet(store, frame, members, "after", "resumed", whole[len(part) :])
+                _meet(key, frame, whole=whole[len(part) :])
         elif names != theirs:
             raise RanksDifferError(_difference(frame, names, theirs, own, rank) + _SWITCH)
-        resumed = resumed_function(traced_code())
-        if resumed:
-            _meet(store, resumed, members, "resumed", "after", names)
+        before = code_behind_a_break(code)
+        if before is not None:
+            _meet(_key(_frame(before), group), _frame(before), part=names, last=not broken)
+
+
+def _key(frame: str, group: tuple[int, ...]) -> str:
+    """Return what names the plan of some code that this rank has had last."""
+    members = hashlib.sha1(repr(group).encode()).hexdigest()
+    return f"fxparam/{frame}/{members}/{len(_plans.get((frame, group), ()))}"
 
 
 def _meet(
-    store: Any, function: str, members: str, mine: str, other: str, names: Sequence[str]
+    key: str,
+    frame: str,
+    *,
+    whole: Sequence[str] | None = None,
+    part: Sequence[str] | None = None,
+    last: bool = True,
 ) -> None:
     """Compare what is behind a break on one rank with the rest of the whole graph of another.
 
     Args:
-        store: that of the ranks.
-        function: its name.
-        members: what names the group of ranks.
-        mine, other: which of the two is known here: each is written, and the other one looked for.
-        names: the exchanges.
+        key: names the plan of the function.
+        frame: names the function.
+        whole: the rest of the whole graph, where it is known here.
+        part: exchanges behind a break, where they are known here.
+        last: whether none come after these.
     """
-    name = function.partition(" ")[0]
-    store.set(f"fxparam/{name}/{members}/{mine}", json.dumps(names))
-    if store.check([f"fxparam/{name}/{members}/{other}"]):
-        theirs = json.loads(store.get(f"fxparam/{name}/{members}/{other}"))
-        if theirs != list(names):
-            found = f"{names} {_PLACES[mine]} and {theirs} {_PLACES[other]}"
-            raise RanksDifferError(_required(name, found) + _SWITCH)
+    store = store_of_ranks()
+    if part is None:
+        store.set(f"{key}/whole", json.dumps(whole))
+        if not store.check([f"{key}/part"]):
+            return
+        part, last = json.loads(store.get(f"{key}/part"))
+    else:
+        store.set(f"{key}/part", json.dumps([part, last]))
+        if not store.check([f"{key}/whole"]):
+            return
+        whole = json.loads(store.get(f"{key}/whole"))
+    assert whole is not None and part is not None
+    starts = range(len(whole) - len(part) + 1)
+    if not any(
+        list(whole[i : i + len(part)]) == list(part) for i in (starts[-1:] if last else starts)
+    ):
+        found = f"{list(part)} behind a graph break on one rank, {list(whole)} there on another"
+        raise RanksDifferError(_required(frame, found) + _SWITCH)
 
 
-def _frame() -> str:
-    """Return what names the code that is being compiled on every rank."""
-    code = traced_code()
+def _frame(code: CodeType | None) -> str:
+    """Return what names some code on every rank."""
     if code is None:
         return "graph"
     return f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})"

@@ -32,7 +32,8 @@ class ParametrizedParallel(ParallelStyle):
 
     Each original is sharded along its first dimension. A value is computed on every rank from the
     whole originals, and then placed as the style places a plain parameter. Parameters of the
-    parametrizations themselves (as those of LoRA) stay whole. State dict keys stay what they are.
+    parametrizations themselves (as those of LoRA) stay whole, and are the first rank's everywhere.
+    State dict keys stay what they are.
 
     Args:
         style: what the module would get without parametrizations, such as
@@ -40,7 +41,8 @@ class ParametrizedParallel(ParallelStyle):
 
     Raises:
         TypeError: ``style`` is no ``ParallelStyle``.
-        ValueError: when it is applied, if the module has submodules beside its parametrizations.
+        ValueError: when it is applied, before anything is changed: if the module has submodules
+            beside its parametrizations, or originals that are parametrized themselves.
 
     Source: https://docs.pytorch.org/docs/stable/distributed.tensor.parallel.html
 
@@ -69,6 +71,13 @@ class ParametrizedParallel(ParallelStyle):
                 f"{kind_of(module)} has submodules beside its parametrizations: "
                 f"{', '.join(others)}\nParallelize these by themselves."
             )
+        for name in getattr(module, "parametrizations", ()):
+            chain: Any = chain_of(module, name)
+            if is_parametrized(chain) or isinstance(chain, PlacedList):
+                raise ValueError(
+                    f"{name!r} of {kind_of(module)} cannot be parallelized.\nrequired: originals "
+                    "that are parametrized by nothing else, and not parallelized yet"
+                )
         plain = _without_data(module)
         apply_style(self.style, plain, device_mesh)
         take_hooks(module, plain)
@@ -76,8 +85,7 @@ class ParametrizedParallel(ParallelStyle):
             if not isinstance(placed, DTensor):
                 continue
             if is_parametrized(module, name):
-                chain: Any = chain_of(module, name)
-                _place(chain, device_mesh, placed)
+                _place(chain_of(module, name), device_mesh, placed)
             else:
                 _distribute(module, name, device_mesh, placed.placements)
         return module
@@ -111,6 +119,13 @@ class PlacedList(ParametrizationList):
 
 
 def _place(chain: Any, mesh: DeviceMesh, model: DTensor) -> None:
+    originals = {id(p) for p in chain._parameters.values()}
+    everywhere = [Replicate()] * mesh.ndim
+    with torch.no_grad():
+        for own in (*chain.parameters(), *chain.buffers()):
+            if id(own) not in originals and not isinstance(own, DTensor):
+                # As torch does with what no style shards: all ranks have the first one's.
+                own.copy_(distribute_tensor(own.detach(), mesh, everywhere).to_local())
     for name in list(chain._parameters):
         original = chain._parameters[name]
         if original is not None:

@@ -58,9 +58,14 @@ def _write(target: Tensor, value: Tensor) -> None:
     shard = shard_behind(target)
     if shard is not None or is_dtensor(target):
         # FSDP2 holds the memory: it is written in place, and the shard behind what is gathered.
+        if target.shape != value.shape:
+            raise RuntimeError(
+                "a sharded original keeps its shape.\n"
+                f"original: {tuple(target.shape)}\nvalue for it: {tuple(value.shape)}"
+            )
         for written in (target, shard):
             if written is not None:
-                written.detach().copy_(value_like(value, written))
+                written.detach().copy_(value_like(value.detach(), written))
         return
     if not (get_swap_module_params_on_conversion() or is_wrapper_subclass(target)):
         if _is_alike(target, value):

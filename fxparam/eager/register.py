@@ -102,14 +102,14 @@ def register_parametrization(
         return module
     with engine_of(module, tensor_name) as engine:
         original = checks.registrable(module, tensor_name)
-        engine.check_keeps_dtype()
+        engine.check_may_be_stored()
         engine.check_is_not_tied()
         engine.check_has_no_parameters(parametrization)
         cls = class_with(module, tensor_name)
         with unchanged_if_refused(parametrization, tensor=original):
             parametrization.train(module.training)
             chain = ParametrizationList([parametrization], original, unsafe=unsafe)
-            engine.check_stays_one_tensor(chain.is_tensor)
+            engine.check_stays_one_tensor(chain)
         install(module, tensor_name, chain, cls)
         engine.move(chain, "original")
     return module
@@ -179,9 +179,10 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
             f"asked for: {spelled(tensor_name)}"
         )
     with engine_of(module, tensor_name, chain) as engine:
-        engine.check_stays_one_tensor(chain.is_tensor)
+        engine.check_stays_one_tensor(chain)
+        engine.check_is_not_tied()
         if leave_parametrized:
-            engine.check_keeps_dtype()
+            engine.check_may_be_stored()
         with unchanged_if_refused(chain):
             plain = plain_tensor(module, tensor_name, chain, leave_parametrized)
         uninstall(module, tensor_name, plain)
@@ -254,6 +255,8 @@ def transfer_parametrizations_and_params(
     names = list(chains_of(from_module) or ()) if tensor_name is None else [tensor_name]
     with ExitStack() as undo:
         for name in names:
+            chain = chain_of(to_module, name)
+            undo.enter_context(engine_of(to_module, name, chain)).check_is_none()
             both = [chain_of(module, name) for module in (from_module, to_module)]
             undo.enter_context(unchanged_if_refused(*filter(None, both)))
             for step in chain_of(from_module, name) or ():

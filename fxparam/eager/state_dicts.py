@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.dtensors import is_dtensor, placed_like, whole
+from fxparam._torch.dtensors import is_dtensor, placed_like, value_like, whole
 from fxparam.eager import checks
 from fxparam.eager.classes import chains_of
-from fxparam.eager.engines import engine_of
+from fxparam.eager.engines import engine_of, innermost
 from fxparam.eager.rollback import unchanged
 
 __all__ = ["load_plain_state_dict", "plain_state_dict"]
@@ -48,17 +48,13 @@ def plain_state_dict(model: Module, *, full: bool = True) -> dict[str, Any]:
         <All keys matched successfully>
     """
     checks.check_modules(model=model)
-    parametrized = list(_parametrized(model))
-    below = tuple(f"{prefix}parametrizations.{name}." for prefix, _, name, _ in parametrized)
-    found: dict[str, Any] = {}
-    for key, stored in model.state_dict().items():
-        if not key.startswith(below):
-            found[key] = whole(stored) if full else stored
+    stored, parametrized = _parts(model)
+    found = {key: whole(value) if full else value for key, value in stored.items()}
     values: dict[Module, Tensor] = {}
-    for prefix, module, name, chain in parametrized:
+    for key, (module, chain) in parametrized.items():
         if chain not in values:
-            values[chain] = _value(module, name, chain, full)
-        found[f"{prefix}{name}"] = values[chain]
+            values[chain] = _value(module, key.rpartition(".")[2], chain, full)
+        found[key] = values[chain]
     return found
 
 
@@ -76,9 +72,10 @@ def load_plain_state_dict(
         strict: whether each key must be in both.
 
     Raises:
-        RuntimeError: if ``strict`` and they are not, before anything is changed; if a
-            parametrization has no ``right_inverse``.
-        ValueError: if a right inverse refuses a value.
+        RuntimeError: if ``strict`` and they are not, or if a value has another shape than its
+            tensor, before anything is changed; if a parametrization has no ``right_inverse``.
+        ValueError: if a right inverse refuses a value. What comes before it was loaded by then, as
+            by :meth:`torch.nn.Module.load_state_dict`.
 
     Example:
         >>> import torch
@@ -96,25 +93,35 @@ def load_plain_state_dict(
         (1.0, 0.5)
     """
     checks.check_modules(model=model)
-    parametrized = list(_parametrized(model))
-    below = tuple(f"{prefix}parametrizations.{name}." for prefix, _, name, _ in parametrized)
-    assigned = {f"{prefix}{name}": module for prefix, module, name, _ in parametrized}
-    expected = {key for key in model.state_dict() if not key.startswith(below)} | {*assigned}
+    stored, parametrized = _parts(model)
+    expected = {*stored, *parametrized}
     if strict and expected != {*state_dict}:
         raise RuntimeError(
             "the state dict is not that of the model without parametrizations.\n"
             f"missing: {sorted(expected - {*state_dict})}\n"
             f"unexpected: {sorted({*state_dict} - expected)}"
         )
-    rest = {key: value for key, value in state_dict.items() if key not in assigned}
+    assigned = {
+        key: _fitting(value, key, *parametrized[key])
+        for key, value in state_dict.items()
+        if key in parametrized
+    }
+    rest = {
+        key: value_like(value, stored[key]) if isinstance(stored.get(key), Tensor) else value
+        for key, value in state_dict.items()
+        if key not in parametrized
+    }
     model.load_state_dict(rest, strict=False)
-    for key, module in assigned.items():
-        if key in state_dict:
-            setattr(module, key.rpartition(".")[2], whole(state_dict[key]))
+    for key, value in assigned.items():
+        setattr(parametrized[key][0], key.rpartition(".")[2], value)
 
 
-def _parametrized(model: Module) -> Iterator[tuple[str, Module, str, Module]]:
-    """Yield parametrized tensors that no parametrization holds: prefix, module, name, list."""
+def _parts(model: Module) -> tuple[dict[str, Any], dict[str, tuple[Module, Any]]]:
+    """Return what a model's state dict has of plain tensors, and its parametrized tensors.
+
+    The latter by the keys that they have in a plain model, each with its module and its list.
+    """
+    stored, parametrized = model.state_dict(), {}
     inside: set[Module] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         chains = chains_of(module)
@@ -122,7 +129,32 @@ def _parametrized(model: Module) -> Iterator[tuple[str, Module, str, Module]]:
             continue
         inside.update(chains.modules())
         for name, chain in chains.items():
-            yield f"{path}." if path else "", module, name, chain
+            prefix = f"{path}." if path else ""
+            below = f"{prefix}parametrizations.{name}."
+            stored = {key: value for key, value in stored.items() if not key.startswith(below)}
+            parametrized[f"{prefix}{name}"] = module, chain
+    return stored, parametrized
+
+
+def _fitting(value: Any, key: str, module: Module, chain: Any) -> Tensor:
+    """Return a value for a parametrized tensor, whole and in the dtype of what stores it.
+
+    Raises:
+        RuntimeError: it has another shape than the tensor.
+    """
+    holder = innermost(chain)
+    value = whole(value)
+    original = holder.original if holder.is_tensor else holder.original0
+    if holder.is_tensor and not chain.unsafe:
+        shape = original.shape
+    else:
+        shape = _value(module, key.rpartition(".")[2], chain, full=False).shape
+    if value.shape != shape:
+        raise RuntimeError(
+            f"size mismatch for {key}: the state dict has {tuple(value.shape)}, the model "
+            f"{tuple(shape)}"
+        )
+    return value.to(original.dtype if isinstance(original, Tensor) else value.dtype)  # type: ignore[no-any-return]
 
 
 def _value(module: Module, name: str, chain: Module, full: bool) -> Tensor:

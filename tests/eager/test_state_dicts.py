@@ -93,6 +93,27 @@ def test_keys_that_differ() -> None:
     fxparam.load_plain_state_dict(model, given, strict=False)
 
 
+def test_a_value_of_another_shape_is_refused_before_anything_is_changed() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)))
+    fxparam.register_parametrization(layers[0], "weight", Half())
+    before = copy.deepcopy(layers.state_dict())
+    for name in ("0.weight", "1.weight"):
+        given = {key: value + 1 for key, value in fxparam.plain_state_dict(layers).items()}
+        given[name] = torch.ones(4)
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            fxparam.load_plain_state_dict(layers, given)
+        for key, value in layers.state_dict().items():
+            assert torch.equal(value, before[key])
+
+
+def test_values_are_cast_as_by_load_state_dict() -> None:
+    layer = fxparam.register_parametrization(nn.Linear(2, 2), "weight", Half())
+    given = {key: value.double() + 1 for key, value in fxparam.plain_state_dict(layer).items()}
+    fxparam.load_plain_state_dict(layer, given)
+    assert layer.weight.dtype is torch.float32
+    assert_close(layer.weight, given["weight"].float())
+
+
 def test_what_is_no_module_is_refused() -> None:
     for function in (fxparam.plain_state_dict, lambda x: fxparam.load_plain_state_dict(x, {})):
         with pytest.raises(TypeError, match="must be a torch.nn.Module"):

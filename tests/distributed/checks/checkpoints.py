@@ -59,6 +59,14 @@ def check_plain_state_dict_of_a_sharded_model() -> None:
     torch.testing.assert_close(sharded(batch()), plain(batch()))
 
 
+def check_whole_tensors_load_into_a_sharded_model() -> None:
+    sharded = _sharded(_parametrized())
+    given = fxparam.plain_state_dict(_other(_parametrized()))
+    fxparam.load_plain_state_dict(sharded, given)
+    for name, value in fxparam.plain_state_dict(sharded).items():
+        torch.testing.assert_close(value, given[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def check_evaluated_once() -> None:
     sharded = _sharded(model("pure"))
     assert helpers.counted(lambda: fxparam.plain_state_dict(sharded))[0] == 2

@@ -351,6 +351,36 @@ def check_a_graph_break_on_one_rank_raises() -> None:
     assert "behind a graph break" in "".join(errors), errors
 
 
+def check_graph_breaks_on_one_rank_that_change_nothing() -> None:
+    """Each parameter is read once: ranks run the same collectives, in more or in fewer graphs."""
+    if not _UNDERSTOOD:
+        return
+    shards = [distribute_tensor(torch.randn(WIDTH, WIDTH), _mesh(), [Shard(0)]) for _ in range(4)]
+
+    def read(i: int) -> Tensor:
+        return shards[i].redistribute(placements=[Replicate()]).to_local()
+
+    def one(x: Tensor) -> Tensor:
+        x = torch.tanh(x @ read(0))
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return torch.tanh(x @ read(1))
+
+    def two(x: Tensor) -> Tensor:
+        x = torch.tanh(x @ read(0))
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        x = torch.tanh(x @ read(1))
+        if dist.get_rank() == 0:
+            torch._dynamo.graph_break()
+        return torch.tanh(x @ read(2)) @ read(3)
+
+    for function in (one, two, one):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend=fxparam.backend("aot_eager"))
+        torch.testing.assert_close(compiled(batch()), function(batch()))
+
+
 def check_a_buffer_that_one_rank_may_write_alone() -> None:
     class Scaled(AllRows):
         def __init__(self) -> None:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import fxparam
 from fxparam import register_parametrization as register
@@ -184,3 +186,97 @@ def check_micro_batches_are_reduced_once() -> None:
 
         step = one_step(module, run, "pure")
         assert step.evaluations == (2, 2), (cell, step)
+
+
+def _nested(module: Any) -> Any:
+    register(module, "weight", Half())
+    register(module.parametrizations.weight, "original", Half())
+    return module
+
+
+def check_remove_nested_originals() -> None:
+    for sharded_first in (False, True):
+        module = model("plain")
+        if not sharded_first:
+            _nested(module.cell.wh)
+        _fully_sharded(module)
+        if sharded_first:
+            _nested(module.cell.wh)
+        output = module(batch()).detach()
+        fxparam.remove_parametrizations(module.cell.wh, "weight")
+        torch.testing.assert_close(module(batch()).detach(), output)
+        module(batch()).sum().backward()
+        assert isinstance(module.cell.wh.weight, DTensor)
+        assert module.cell.wh.weight.grad is not None
+
+
+def _fully_sharded(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def check_state_dicts_after_removal() -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False))
+    register(module[0], "weight", Half())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(module[0], mesh=mesh, reshard_after_forward=False)
+    with torch.no_grad():
+        module(torch.ones(2, 4))  # what was gathered stays
+    fxparam.remove_parametrizations(module[0], "weight")
+    held = module.state_dict()["0.weight"]
+    assert isinstance(held, DTensor)
+    ones = distribute_tensor(torch.ones(4, 4), held.device_mesh, held.placements)
+    module.load_state_dict({"0.weight": ones})
+    torch.testing.assert_close(next(module.parameters()).full_tensor(), torch.ones(4, 4))
+
+
+def check_parameters_of_others_are_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Any) -> Any:
+            return self.scale * x
+
+    class Buffered(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("shift", torch.ones(4))
+
+    other = register(nn.Linear(4, 4), "weight", Half())
+    for wrap in (_fully_sharded, DistributedDataParallel):
+        layers = nn.Sequential(_nested(nn.Linear(4, 4)), Buffered(), nn.Linear(4, 4))
+        wrapped = wrap(layers)  # else it is gone
+        before = list(layers.state_dict())
+        for refused in (
+            lambda layers=layers: register(layers[0], "weight", Scaled()),
+            lambda layers=layers: register(layers[1], "shift", Scaled()),
+            lambda layers=layers: fxparam.transfer_parametrizations_and_params(other, layers[2]),
+        ):
+            with pytest.raises(ValueError, match="learns of no new parameters"):
+                refused()
+        assert before == list(layers.state_dict()) and wrapped is not None
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    frozen[0].requires_grad_(False)
+    wrapped = DistributedDataParallel(frozen)
+    weight_norm(frozen[0])  # no gradient to be reduced
+    assert wrapped.module is frozen
+
+
+def check_shapes_of_assigned_values() -> None:
+    module = _with_right_inverse("half")
+    before = fxparam.plain_state_dict(module)
+    with pytest.raises(RuntimeError, match="keeps its shape"):
+        module.cell.wh.weight = torch.ones(1, WIDTH)
+    for name, value in fxparam.plain_state_dict(module).items():
+        torch.testing.assert_close(value, before[name])
+
+
+def check_tensor_parallel_as_well_is_refused() -> None:
+    count = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count, 1), mesh_dim_names=("data", "tensor"))
+    layers = nn.Sequential(nn.Linear(4, 4))
+    parallelize_module(layers, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(layers, mesh=mesh["data"])
+    with pytest.raises(ValueError, match="tensor parallelism shards as well"):
+        register(layers[0], "weight", Half())

@@ -140,6 +140,26 @@ def check_assign_disable_and_remove() -> None:
     torch.testing.assert_close(model(X), expected)
 
 
+def check_what_no_style_shards_is_the_first_ranks() -> None:
+    torch.manual_seed(dist.get_rank())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layers = nn.Sequential(orthogonal(nn.Linear(6, 6), orthogonal_map="cayley"), nn.Linear(6, 6))
+    fxparam.register_parametrization(layers[1], "weight", LowRank(layers[1]))
+    style = ParametrizedParallel(ColwiseParallel())
+    parallelize_module(layers, mesh, {"0": style, "1": style})
+    weight = layers[0].weight.full_tensor()
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(6), atol=1e-5, rtol=0)
+    left = [torch.empty(6, 2) for _ in range(dist.get_world_size())]
+    dist.all_gather(left, layers[1].parametrizations.weight[0].left.detach())
+    assert all(torch.equal(each, left[0]) for each in left)
+
+
+def nested() -> Mlp:
+    made = Mlp(KINDS["half"])
+    fxparam.register_parametrization(made.up.parametrizations.weight, "original", Half())
+    return made
+
+
 def check_what_is_refused() -> None:
     with pytest.raises(TypeError, match="ParallelStyle"):
         ParametrizedParallel("columns")  # type: ignore[arg-type]
@@ -150,6 +170,11 @@ def check_what_is_refused() -> None:
     plain = nn.Linear(8, 16)  # without parametrizations, the style itself
     parallelize_module(plain, mesh, ParametrizedParallel(ColwiseParallel()))
     assert isinstance(plain.weight, DTensor)
+    for chosen in (nested(), _parallel(Mlp(KINDS["half"]))):
+        keys = list(chosen.state_dict())
+        with pytest.raises(ValueError, match="cannot be parallelized"):
+            parallelize_module(chosen, mesh, {"up": ParametrizedParallel(ColwiseParallel())})
+        assert keys == list(chosen.state_dict())
     for wrap in (orthogonal, weight_norm, spectral_norm):
         with pytest.raises(ValueError, match="is a DTensor"):
             wrap(plain)
