@@ -137,24 +137,22 @@ def _parts(model: Module) -> tuple[dict[str, Any], dict[str, tuple[Module, Any]]
 
 
 def _fitting(value: Any, key: str, module: Module, chain: Any) -> Tensor:
-    """Return a value for a parametrized tensor, whole and in the dtype of what stores it.
+    """Return a value for a parametrized tensor, whole and in the dtype of the tensor.
 
     Raises:
         RuntimeError: it has another shape than the tensor.
     """
     holder = innermost(chain)
-    value = whole(value)
-    original = holder.original if holder.is_tensor else holder.original0
     if holder.is_tensor and not chain.unsafe:
-        shape = original.shape
+        model = holder.original
     else:
-        shape = _value(module, key.rpartition(".")[2], chain, full=False).shape
-    if value.shape != shape:
+        model = _value(module, key.rpartition(".")[2], chain, full=False)
+    if value.shape != model.shape:
         raise RuntimeError(
             f"size mismatch for {key}: the state dict has {tuple(value.shape)}, the model "
-            f"{tuple(shape)}"
+            f"{tuple(model.shape)}"
         )
-    return value.to(original.dtype if isinstance(original, Tensor) else value.dtype)  # type: ignore[no-any-return]
+    return whole(value).to(model.dtype)  # type: ignore[no-any-return]
 
 
 def _value(module: Module, name: str, chain: Module, full: bool) -> Tensor:

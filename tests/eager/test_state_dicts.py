@@ -107,11 +107,12 @@ def test_a_value_of_another_shape_is_refused_before_anything_is_changed() -> Non
 
 
 def test_values_are_cast_as_by_load_state_dict() -> None:
-    layer = fxparam.register_parametrization(nn.Linear(2, 2), "weight", Half())
-    given = {key: value.double() + 1 for key, value in fxparam.plain_state_dict(layer).items()}
-    fxparam.load_plain_state_dict(layer, given)
-    assert layer.weight.dtype is torch.float32
-    assert_close(layer.weight, given["weight"].float())
+    half = fxparam.register_parametrization(nn.Linear(2, 2), "weight", Half())
+    for layer in (half, weight_norm(nn.Linear(2, 2))):
+        given = {key: value.double() + 1 for key, value in fxparam.plain_state_dict(layer).items()}
+        fxparam.load_plain_state_dict(layer, given)
+        assert layer.weight.dtype is torch.float32
+        assert_close(layer.weight, given["weight"].float())
 
 
 def test_what_is_no_module_is_refused() -> None:
