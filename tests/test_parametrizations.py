@@ -16,13 +16,13 @@ import fxparam
 from fxparam import parametrizations as ours
 
 CASES: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {
-    "exponential": ("orthogonal", lambda: nn.Linear(32, 32), {}),
+    "exponential": ("orthogonal", lambda: nn.Linear(48, 48), {}),
     "rectangular exponential": (
         "orthogonal",
         lambda: nn.Linear(32, 40),
         {"orthogonal_map": "matrix_exp"},
     ),
-    "complex": ("orthogonal", lambda: nn.Linear(32, 32, dtype=torch.complex64), {}),
+    "complex": ("orthogonal", lambda: nn.Linear(48, 48, dtype=torch.complex64), {}),
     "tall": ("orthogonal", lambda: nn.Linear(5, 8), {}),
     "wide": ("orthogonal", lambda: nn.Linear(8, 5), {}),
     "reflectors alone": (
@@ -163,7 +163,7 @@ def test_meta_tensors(map_: str) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_programs_hold_torchs_ops(strict: bool) -> None:
     layer = _made(ours, "exponential")
-    x = torch.randn(2, 32)
+    x = torch.randn(2, 48)
     program = torch.export.export(layer, (x,), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes}
     assert any("aten" in target and "matrix_exp" in target for target in targets)

@@ -133,7 +133,9 @@ def gathered(places: Iterable[Place]) -> Iterator[None]:
 def _parameters() -> Iterator[tuple[Any, Any]]:
     """Yield what FSDP2 holds of each parameter that it shards, after its group's."""
     states = sys.modules.get("torch.distributed._composable_state")
-    for state in list(getattr(states, "_module_state_mapping", {}).values()):
+    mapping = getattr(states, "_module_state_mapping", {})
+    # Its own dictionary: after a graph break Dynamo would compile the methods of weak ones.
+    for state in list(getattr(mapping, "data", mapping).values()):
         held = state() if isinstance(state, ref) else state
         groups = getattr(held, "_fsdp_param_groups", None)
         if groups is None:

@@ -55,15 +55,14 @@ def _write(target: Tensor, value: Tensor) -> None:
     Hooks on the gradient of ``target`` stay if it keeps its shape, dtype and device, as those of
     ``DistributedDataParallel``. ``Tensor.set_`` drops them without a word.
     """
-    shard = shard_behind(target)
-    if shard is not None or is_dtensor(target):
+    if _is_sharded(target):
         # FSDP2 holds the memory: it is written in place, and the shard behind what is gathered.
         if target.shape != value.shape:
             raise RuntimeError(
                 "a sharded original keeps its shape.\n"
                 f"original: {tuple(target.shape)}\nvalue for it: {tuple(value.shape)}"
             )
-        for written in (target, shard):
+        for written in (target, shard_behind(target)):
             if written is not None:
                 written.detach().copy_(value_like(value.detach(), written))
         return
@@ -83,8 +82,14 @@ def _write(target: Tensor, value: Tensor) -> None:
 
 def _kept(target: Tensor) -> Tensor:
     """Return what ``_write`` can put back."""
-    in_place = is_dtensor(target) or shard_behind(target) is not None
-    return target.detach().clone() if in_place else target.detach()
+    return target.detach().clone() if _is_sharded(target) else target.detach()
+
+
+def _is_sharded(target: Tensor) -> bool:
+    """Check whether ranks hold parts of an original. In code that is traced it is not asked."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_dtensor(target) or shard_behind(target) is not None
 
 
 def _is_alike(target: Tensor, value: Tensor) -> bool:
