@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fxparam._torch.dtensors import is_dtensor
 from fxparam._torch.names import (
     behind_proxy,
     checkpoint_around,
@@ -216,7 +217,8 @@ class Region:
         """Return a new value; Dynamo compiles none of it."""
         value = self.find(chain, modes)  # found not before by its proxy
         if value is None:
-            (value,) = self.keep(Evaluations([chain], [name], modes))
+            together = any(map(is_dtensor, chain.parameters()))
+            (value,) = self.keep(Evaluations([chain], [name], modes, together=together))
         return value
 
     def read_all(
@@ -264,8 +266,9 @@ class Region:
                 new = new._replace(
                     compiled=run, additive=compiled.additive, saved=compiled.versions()
                 )
-            if compiled is not None:
-                new = new._replace(together=compiled.together)
+            together = compiled is not None and compiled.together
+            together |= any(is_dtensor(p) for c in new.chains for p in c.parameters())
+            new = new._replace(together=together)
             for i, value in zip(missing, self.keep(new), strict=True):
                 found[i] = value
         return [value for value in found if value is not None]

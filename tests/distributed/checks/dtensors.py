@@ -405,3 +405,21 @@ def check_a_buffer_that_one_rank_may_write_alone() -> None:
         with pytest.raises(RuntimeError, match="ranks compute together"):
             compiled(x)
     torch.testing.assert_close(compiled(x), x @ layer.weight)
+
+
+def check_a_buffer_that_one_rank_may_write_alone_in_eager_code() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    layer = _sharded(nn.Linear(WIDTH, WIDTH, bias=False))
+    fxparam.register_parametrization(layer, "weight", Scaled())
+    with fxparam.cached():
+        layer(batch())
+        layer.parametrizations.weight[1].scale.mul_(2)
+        with pytest.raises(RuntimeError, match="ranks compute together"):
+            layer(batch())
