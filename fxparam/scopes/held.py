@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import NamedTuple
 from weakref import ref
@@ -25,9 +25,14 @@ Saved = Sequence[tuple[Tensor, int]]
 _ALONE = (
     "A value that ranks compute together was evaluated in a region, and would have to be again.\n"
     "required: a change of parameters, which optimizers make on all ranks\n"
-    "found: only the value, a buffer or an attribute was changed; if other ranks have not changed "
-    "it, all would wait for each other\nChange it outside of the region."
+    "found: only a buffer was written; if other ranks have not written it, all would wait for each "
+    "other\nWrite it outside of the region."
 )
+
+
+def _versions(tensors: Iterable[Tensor]) -> Saved:
+    versions = ((tensor, version_of(tensor)) for tensor in tensors)
+    return [(tensor, version) for tensor, version in versions if version is not None]
 
 
 def state_of(chain: Module) -> Unchanged | Snapshot:
@@ -45,10 +50,11 @@ class HeldValue:
         state: compares what is there now with what was there then.
         saved: what one graph of autograd may have saved for this value and others, with versions.
         modes: from :func:`~fxparam.scopes.modes.present`.
-        parameters: those of the list, with versions, if ranks evaluate together; else None.
+        together: if ranks evaluate together, the parameters and the buffers of the list, with
+            versions; else None.
     """
 
-    __slots__ = ("modes", "parameters", "saved", "state", "value", "version")
+    __slots__ = ("modes", "saved", "state", "together", "value", "version")
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class HeldValue:
         self.value, self.state, self.modes = value, state, modes
         self.version = version_of(value)
         self.saved = saved if value.requires_grad else ()
-        self.parameters: Saved | None = None
+        self.together: tuple[Saved, Saved] | None = None
 
     def is_written(self) -> bool:
         """Check whether the value itself was written."""
@@ -74,15 +80,18 @@ class HeldValue:
         return any(was_written(tensor, version) for tensor, version in self.saved)
 
     def is_stale_here_alone(self, chain: Module) -> bool:
-        """Check whether this rank may evaluate anew where the other ranks do not.
+        """Check whether this rank would evaluate anew where other ranks may not.
 
-        Optimizers and assignments change parameters on all ranks. What else an evaluation reads,
-        one rank may change by itself.
+        Optimizers and assignments change parameters on all ranks, and modes are switched on all. A
+        buffer one rank may have written by itself.
         """
-        if self.parameters is None or self.is_written():
-            return self.parameters is not None
-        same = list(map(id, chain.parameters())) == [id(p) for p, _ in self.parameters]
-        return same and not any(was_written(p, version) for p, version in self.parameters)
+        if self.together is None:
+            return False
+        parameters, buffers = self.together
+        same = list(map(id, chain.parameters())) == [id(p) for p, _ in parameters]
+        if not same or any(was_written(p, version) for p, version in parameters):
+            return False
+        return any(was_written(buffer, version) for buffer, version in buffers)
 
     @classmethod
     def of(
@@ -176,8 +185,7 @@ class Values:
         held = HeldValue.of(value, modes, state, saved)
         if held is not None:
             if together:
-                versions = ((p, version_of(p)) for p in chain.parameters())
-                held.parameters = [(p, version) for p, version in versions if version is not None]
+                held.together = _versions(chain.parameters()), _versions(chain.buffers())
             identity = id(chain)
             known, others = self._of.get(identity, (ref(chain, self._died(identity)), ()))
             self._of[identity] = known, (*others, held)[-self._kept :]

@@ -420,6 +420,8 @@ def check_a_buffer_that_one_rank_may_write_alone_in_eager_code() -> None:
     fxparam.register_parametrization(layer, "weight", Scaled())
     with fxparam.cached():
         layer(batch())
+        layer.eval()
+        layer(batch())  # modes are alike on all ranks
         layer.parametrizations.weight[1].scale.mul_(2)
         with pytest.raises(RuntimeError, match="ranks compute together"):
             layer(batch())
