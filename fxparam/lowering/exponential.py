@@ -104,7 +104,7 @@ def _in_parts(
     if count == len(first):
         whole = function(*batches)
         return None if whole is None else whole.view(inputs[0].shape)
-    result = torch.empty_like(first)
+    result = first.new_empty(first.shape)  # laid out as the function does, and torch
     parts = -(-len(first) // count)
     for into, *part in zip(*(x.tensor_split(parts) for x in (result, *batches)), strict=True):
         value = function(*part)

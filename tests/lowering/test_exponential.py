@@ -89,9 +89,11 @@ def test_what_torch_refuses_is_refused_with_its_words(given: Tensor) -> None:
 
 
 def test_memory_is_laid_out_as_torch_does() -> None:
-    for a in (_random(3, 3).mT, _random(3, 2, 3).transpose(0, 1), _random(3, 3, 2)[..., 0]):
-        assert op(a).stride() == torch.matrix_exp(a).stride()
-        close(op(a), torch.matrix_exp(a))
+    matrices = _random(3, 3).mT, _random(3, 2, 3).transpose(0, 1), _random(3, 3, 2)[..., 0]
+    for a in (*matrices, _random(4, 3, 3).mT, _random(4, 3, 3).movedim(0, -1)[:3].movedim(-1, 0)):
+        for max_bytes in (0, 1):
+            assert op(a, max_bytes).stride() == torch.matrix_exp(a).stride()
+            close(op(a, max_bytes), torch.matrix_exp(a))
 
 
 @pytest.mark.parametrize("max_bytes", [1, 17 * 9 * 8 * 2])

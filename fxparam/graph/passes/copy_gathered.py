@@ -1,4 +1,4 @@
-"""What a collective gives is copied where it is written, or leaves the graph.
+"""A gathered value that is written, or leaves the graph, is copied, so that its gather is shared.
 
     w = wait(gather(p)); log = w.detach()    ->    w = clone(wait(gather(p))); log = w.detach()
 
@@ -33,21 +33,43 @@ def copy_gathered(levels: list[Level]) -> set[GraphModule]:
     """
     changed = set()
     for level in levels:
-        last = dict[frozenset[int], Node]()  # of the nodes that show one memory
-        for node in level.gm.graph.nodes:
+        for node in list(level.gm.graph.nodes):
             if (
                 node in level.derived.candidates
                 and gives_what_ranks_have(node)
                 and not evaluation_marks(node)  # the values of a region are told apart there
-                and all(node in table.of for table in level.tables)
                 and level.tables
+                and all(_may_be_copied(table, node) for table in level.tables)
+                and any(_is_kept_apart(table, node) for table in level.tables)
             ):
-                last[level.tables[0].of[node].storages] = node
-        for node in last.values():
-            if any(_is_kept_apart(table, node) for table in level.tables):
                 _copy(node)
                 changed.add(level.gm)
     return changed
+
+
+def _may_be_copied(table: EffectTable, node: Node) -> bool:
+    """Check that all who reach the memory of a node reach it by the node.
+
+    What made it did so step by step, and nobody else reads a step: a write there would be missing
+    in the copy, and a write to the copy would be missing there. An input's memory is the caller's.
+    """
+    if node not in table.of:
+        return False
+    memory = table.of[node].storages
+    if any(
+        table.of[n].storages & memory and gives_what_ranks_have(n)
+        for n in node.users
+        if n in table.of
+    ):
+        return False  # a later step is the one to copy
+    while True:
+        steps = [n for n in node.all_input_nodes if table.of[n].storages & memory]
+        if not steps:
+            return True
+        (before, *others) = steps
+        if others or not before.op.startswith("call") or {*before.users} != {node}:
+            return False
+        node = before
 
 
 def _is_kept_apart(table: EffectTable, node: Node) -> bool:

@@ -250,6 +250,29 @@ def check_a_value_that_one_rank_keeps_or_writes() -> None:
         assert counted(forward, sharded, x)[0] == {"all_gather": 1, "all_reduce": 1}
 
 
+def check_writes_to_local_tensors() -> None:
+    """A copy of what a collective gave must not part two views of one memory, nor an input's."""
+
+    def to_an_input(p: Any) -> Tensor:
+        p.to_local().add_(1)
+        return p.to_local().sum()
+
+    def through_another_view(p: Any) -> Tensor:
+        whole = p.redistribute(placements=[Replicate()])
+        one, other = whole.to_local(), whole.to_local()
+        one.mul_(2)
+        return other.sum() + p.redistribute(placements=[Replicate()]).to_local().sum()
+
+    for function in (to_an_input, through_another_view):
+        for placement in (Shard(0), Replicate()):
+            results = []
+            for run in (function, torch.compile(function, backend=fxparam.backend("aot_eager"))):
+                p = nn.Parameter(distribute_tensor(torch.ones(4, 4), _mesh(), [placement]))
+                with torch.no_grad():
+                    results.append((run(p), p.to_local().clone()))
+            torch.testing.assert_close(*results)
+
+
 def check_ranks_may_compile_anew_alone() -> None:
     compiled = torch.compile(
         Rows(8), backend=fxparam.backend("aot_eager", check_ranks=True), fullgraph=True
