@@ -106,9 +106,14 @@ def gives_what_ranks_have(node: Node) -> bool:
 
 
 def ranks() -> tuple[int, int]:
-    """Return this rank, and how many there are; ``(0, 1)`` without a process group."""
+    """Return this rank, and how many there are; ``(0, 1)`` without a process group.
+
+    In a fake one, as tests have it, this process is alone, and its store has nothing.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    if distributed.get_backend() == "fake":
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 

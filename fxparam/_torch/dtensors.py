@@ -8,7 +8,15 @@ from typing import Any, TypeGuard
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["apply_style", "is_dtensor", "take_hooks", "placed_like", "value_like", "whole"]
+__all__ = [
+    "apply_style",
+    "is_dtensor",
+    "placed",
+    "sharded_first",
+    "take_hooks",
+    "value_like",
+    "whole",
+]
 
 
 def is_dtensor(value: object) -> TypeGuard[Any]:
@@ -17,38 +25,33 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def value_like(value: Tensor, model: Tensor) -> Tensor:
-    """Return a value as a ``DTensor`` where ``model`` is one, placed like it, else as a whole.
+def placed(value: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Return a value as a ``DTensor``. One that is none is whole, and the same on all ranks."""
+    if not is_dtensor(value):
+        tensor = sys.modules["torch.distributed.tensor"]
+        everywhere = [tensor.Replicate()] * mesh.ndim
+        value = tensor.DTensor.from_local(value, mesh, everywhere, run_check=False)
+    found: Tensor = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return found
 
-    A value that is no ``DTensor`` is the same on all ranks.
+
+def sharded_first(value: Tensor, mesh: Any) -> list[Any]:
+    """Return the placements that shard a tensor along its first dimension."""
+    tensor = sys.modules["torch.distributed.tensor"]
+    return [tensor.Shard(0) if value.dim() else tensor.Replicate()] * mesh.ndim
+
+
+def value_like(value: Tensor, model: Tensor) -> Tensor:
+    """Return a value placed like ``model`` where that is a ``DTensor``, else as a whole.
+
+    Of another shape than the model it is sharded along its first dimension.
     """
     if not is_dtensor(model):
         gathered: Tensor = whole(value)
         return gathered
-    if not is_dtensor(value):
-        tensor = sys.modules["torch.distributed.tensor"]
-        everywhere = [tensor.Replicate()] * model.device_mesh.ndim
-        value = tensor.DTensor.from_local(value, model.device_mesh, everywhere, run_check=False)
-    return value.redistribute(  # type: ignore[attr-defined,no-any-return]
-        model.device_mesh, model.placements
-    )
-
-
-def placed_like(value: Tensor, model: Tensor) -> Tensor:
-    """Return a whole value as a ``DTensor`` on the devices of ``model``, if that is one.
-
-    It is placed like it where their shapes are equal, else sharded along its first dimension.
-    """
-    if not is_dtensor(model) or value.shape == model.shape:
-        return value_like(value, model)
-    tensor = sys.modules["torch.distributed.tensor"]
     mesh = model.device_mesh
-    everywhere = tensor.DTensor.from_local(
-        value, mesh, [tensor.Replicate()] * mesh.ndim, run_check=False
-    )
-    first = tensor.Shard(0) if value.dim() else tensor.Replicate()
-    sharded: Tensor = everywhere.redistribute(mesh, [first] * mesh.ndim)
-    return sharded
+    alike = value.shape == model.shape
+    return placed(value, mesh, model.placements if alike else sharded_first(value, mesh))
 
 
 def whole(value: Any) -> Any:

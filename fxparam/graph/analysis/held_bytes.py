@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from fxparam._torch.tensors import storage_of
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 
-__all__ = ["held_bytes"]
+__all__ = ["allowed_bytes", "held_bytes"]
 
 
 def held_bytes(graph: Graph, without: Collection[Node] = ()) -> int:
@@ -48,6 +48,18 @@ def held_bytes(graph: Graph, without: Collection[Node] = ()) -> int:
         held += each
         most = max(most, held)
     return most
+
+
+def allowed_bytes(held: int, max_bytes: float) -> int:
+    """Return what evaluations may hold while they work: half of what a graph holds, or 256 KiB.
+
+    They run before the rest of the graph, and their backward after the rest's.
+
+    Args:
+        held: the bytes that the graph holds at its peak.
+        max_bytes: a limit of the user's.
+    """
+    return int(min(max(held // 2, 1 << 18), max_bytes))
 
 
 def _tensors(node: Node) -> Iterator[Tensor]:

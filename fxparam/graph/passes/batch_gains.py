@@ -34,11 +34,10 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxparam._torch.fx import op_name
+from fxparam.graph.analysis.held_bytes import allowed_bytes
 from fxparam.graph.analysis.nodes import tensors_in, value_of
 
 __all__ = ["Gain", "gain_of"]
-
-_ALWAYS_ALLOWED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class Gain:
             held: the bytes that the graph holds at its peak.
             max_bytes: a limit of the user's on what one batch needs.
         """
-        allowed = min(max(held // 2, _ALWAYS_ALLOWED), max_bytes)
-        return int(allowed // max(1, self.bytes_each))
+        return allowed_bytes(held, max_bytes) // max(1, self.bytes_each)
 
 
 def gain_of(batch: Iterable[Node], count: int, *, lowered: bool) -> Gain | None:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.effects import analyze
 from fxparam.graph.analysis.evaluations import name_of
-from fxparam.graph.analysis.held_bytes import held_bytes
+from fxparam.graph.analysis.held_bytes import allowed_bytes, held_bytes
 from fxparam.graph.analysis.modes import (
     grad_may_be_enabled,
     may_autocast,
@@ -41,8 +41,6 @@ __all__ = ["AFTER_BATCHES", "BEFORE_BATCHES", "Lowered", "lower"]
 BEFORE_BATCHES = (HOUSEHOLDER_PRODUCT, WEIGHT_NORM)
 #: Rewrites that are worthwhile for many small matrices, if not for each.
 AFTER_BATCHES = (MATRIX_EXP,)
-
-_ALWAYS_ALLOWED = 1 << 18
 
 
 class Lowered(NamedTuple):
@@ -88,9 +86,8 @@ def lower(
     lowered = []
     for level in levels_of(gm, table):
         found = [(node, r) for node in level.gm.graph.nodes for r in rewrites]
-        # Evaluations come before the rest, and their backward after the rest's.
         held = held_bytes(level.gm.graph, without=level.derived.candidates)
-        bound = int(min(max(held // 2, _ALWAYS_ALLOWED), max_bytes))
+        bound = allowed_bytes(held, max_bytes)
         done = [_lowered(level, node, r, autocast_now, bound) for node, r in found]
         lowered += [each for each in done if each is not None]
         if any(done):

@@ -51,7 +51,8 @@ def check_evaluations_are_shared_across_buckets() -> None:
         for region in ("none", "inside", "around"):
             step = _step(kind, region)
             assert step.evaluations == (2, 2), (kind, region, step)
-            assert step.collectives, step
+            # One for each bucket, which DDP may fill in another order after the first step.
+            assert step.collectives["all_reduce"] in (3, 4), step
 
 
 def check_one_bucket() -> None:

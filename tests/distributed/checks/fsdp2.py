@@ -21,6 +21,17 @@ from tests import helpers
 from tests.distributed.models import WIDTH, Half, batch, model, one_step
 
 
+class Scaled(nn.Module):
+    """Has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Any) -> Any:
+        return self.scale * x
+
+
 def _sharded(kind: str, *, cell: bool = True, reshard: bool = True) -> nn.Module:
     mesh, module = init_device_mesh("cpu", (dist.get_world_size(),)), model(kind)
     if cell:
@@ -41,7 +52,11 @@ def check_one_evaluation_in_a_call() -> None:
                 output.square().mean().backward()
                 return output.detach()
 
-            assert one_step(module, run, kind).evaluations == (2, 2), (kind, cell)
+            step = one_step(module, run, kind)
+            assert step.evaluations == (2, 2), (kind, cell)
+            # Those of the model as it is written.
+            gathers, reductions = (10, 2) if cell else (2, 1)
+            assert step.collectives == {"all_gather": gathers, "all_reduce": reductions}, step
 
 
 def check_a_region_around_an_optimizers_step_is_not_stale() -> None:
@@ -138,14 +153,6 @@ def check_remove_from_sharded() -> None:
 
 
 def check_what_makes_new_parameters_is_refused() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: Any) -> Any:
-            return self.scale * x
-
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     half = model("plain")
     fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -230,14 +237,6 @@ def check_state_dicts_after_removal() -> None:
 
 
 def check_parameters_of_others_are_refused() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: Any) -> Any:
-            return self.scale * x
-
     class Buffered(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
