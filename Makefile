@@ -11,12 +11,12 @@ N ?= 1000
 # Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-newest lint distributed bench fuzz interop clean
+.PHONY: demo test test-newest lint distributed triton bench fuzz interop clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev,triton]'
 else
 	$(BIN)/python -m pip install -q torch==$(TORCH)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
@@ -40,6 +40,9 @@ lint: $(STAMP)
 
 distributed: $(STAMP)
 	FXPARAM_RANKS=4 $(BIN)/python -m pytest -q tests/distributed $(ARGS)
+
+triton: $(STAMP)
+	FXPARAM_TRITON=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/triton $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)

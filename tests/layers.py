@@ -30,6 +30,7 @@ ALLOWED["scopes"] = {"_torch", "marks", "eager"}
 ALLOWED["tracing"] = {*ALLOWED["graph"], "graph", "eager"}
 ALLOWED["exporting"] = {*ALLOWED["tracing"], "scopes"}
 ALLOWED["compiling"] = {*ALLOWED["tracing"], "scopes"}
+ALLOWED["explain"] = {*ALLOWED["compiling"], "compiling"}
 ALLOWED["parametrize"] = {"eager", "scopes"}
 ALLOWED["parametrizations"] = {"_torch", "eager", "lowering"}
 ALLOWED["distributed"] = {"_torch", "eager"}

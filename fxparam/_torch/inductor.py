@@ -5,15 +5,33 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from fxparam._torch.names import lookup
+from fxparam._torch.names import functorch_config, lookup
 
-__all__ = ["inductor_with"]
+__all__ = ["generated_code", "inductor_with"]
 
 _inductor_wrapper = lookup("torch", "_TorchCompileInductorWrapper")
+
+
+@contextmanager
+def generated_code() -> Iterator[list[str]]:
+    """Collect the Python modules that Inductor generates in the block, one for each graph.
+
+    Nothing is taken from Inductor's caches in the block: what comes from there is not generated.
+    """
+    graph = lookup("torch._inductor.graph", "GraphLowering")
+    modules: list[str] = []
+    with (
+        mock.patch.object(graph, "save_output_code", modules.append),
+        _inductor_config().patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config().patch(enable_autograd_cache=False),
+    ):
+        yield modules
 
 
 def inductor_with(

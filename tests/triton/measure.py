@@ -1,0 +1,99 @@
+"""Compiles cases for a pretended GPU, runs them in Triton's interpreter, and writes what was seen.
+
+``python -m tests.triton.measure OUTPUT.json CASE...`` with ``TRITON_INTERPRET=1``; without a case,
+all. It prints a row for each case: kernels, launches and calls of other ops of each contestant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxparam
+from fxparam.explain.generated import count
+from tests.triton.cases import CASES, SIZE, Case
+from tests.triton.pretended_gpu import Run, for_gpu
+
+__all__ = ["CONTESTANTS"]
+
+_COUNTS = ("kernels", "launches", "extern_calls")
+CONTESTANTS = {
+    "Inductor": lambda: "inductor",
+    "shared": lambda: fxparam.backend(lower=False, batch=False),
+    "fxparam": fxparam.backend,
+    "by hand": lambda: "inductor",
+}
+
+
+def measured(case: Case, contestant: str, change: Any = lambda source: source) -> dict[str, Any]:
+    """Return counts, kernels and errors of one way to compile a case."""
+    torch.manual_seed(0)
+    model = case.model(by_hand=contestant == "by hand")
+    x = torch.randn(8, SIZE)
+    eager = _results(case, model, model, x)
+    exact = _results(case, model.double(), model, x.double())
+    model.float()
+    torch.compiler.reset()
+    with for_gpu(change=change) as run:
+        # Inductor takes a scan in a full graph only.
+        compiled = torch.compile(model, backend=CONTESTANTS[contestant](), fullgraph=True)
+        error, rounds = 0.0, 0
+        while rounds < run.configurations or not rounds:
+            error = max(error, _error(_results(case, model, compiled, x), exact))
+            run.next_configuration()
+            rounds += 1
+    return {
+        **dataclasses.asdict(count(run.modules)),
+        "fused": [dataclasses.asdict(kernel) for kernel in run.kernels],
+        "configurations": rounds,
+        "interpreted": run.interpreted,
+        "error": error,
+        "eager_error": _error(eager, exact),
+        "sources": _sources(run),
+    }
+
+
+def _results(case: Case, model: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
+    """Return the loss, and the gradients of parameters."""
+    if not case.trains:
+        with torch.no_grad():
+            return [run(x)]
+    loss = run(x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def _error(results: list[Tensor], exact: list[Tensor]) -> float:
+    pairs = zip(results, exact, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _sources(run: Run) -> dict[str, str]:
+    return {source: name for source, name in run.sources.items()}
+
+
+def _wrong(source: str) -> str:
+    """Return the source of a kernel that multiplies what it reads first by 1.001."""
+    return source.replace("tl.load(in_ptr0", "1.001 * tl.load(in_ptr0")
+
+
+def main(output: str, *names: str) -> None:
+    found = {}
+    print("|", *("case", *CONTESTANTS), sep=" | ")
+    for name in names or CASES:
+        found[name] = {each: measured(CASES[name], each) for each in CONTESTANTS}
+        cells = (", ".join(str(each[key]) for key in _COUNTS) for each in found[name].values())
+        print("|", name, *cells, sep=" | ", flush=True)
+        if name == "weight norm":  # the negative control
+            found[name]["wrong"] = measured(CASES[name], "fxparam", _wrong)
+    Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
