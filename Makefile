@@ -67,7 +67,7 @@ interop: .venv-interop/.installed
 
 # Every warning is an error (mkdocs.yml). To read it: python3 -m http.server -d site
 docs: .venv-docs/.installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf .venv .venv-torch* .venv-interop .venv-docs site .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 FROM_ROOT = re.compile(r"\]\(docs/([^)\s]+)")
-LISTED = ["CONTRIBUTING.md"]  # in the nav, whether or not a page links there
+LISTED = ["CHANGELOG.md", "CONTRIBUTING.md"]  # in the nav, whether or not a page links there
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -25,7 +25,8 @@ def on_files(files: Any, config: Any) -> Any:
     pages = [Path(f.abs_src_path).read_text() for f in files.documentation_pages()]
     named = {name for page in pages for name in OUTSIDE.findall(page)}
     for name in sorted({*named, *LISTED} - {"README.md"}):
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+        if (ROOT / name).is_file():  # else MkDocs says that the link leads nowhere
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
