@@ -11,7 +11,7 @@ N ?= 1000
 # Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-newest lint distributed triton bench fuzz interop clean
+.PHONY: demo test test-newest lint distributed triton bench fuzz interop docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,5 +61,16 @@ fuzz: $(STAMP)
 interop: .venv-interop/.installed
 	.venv-interop/bin/python -m pytest -q tests/interop $(ARGS)
 
+# The site is made from the sources alone. What makes it is what the extra `docs` names, without the
+# package, which would bring torch.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+# Every warning is an error (mkdocs.yml). To read it: python3 -m http.server -d site
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf .venv .venv-torch* .venv-interop .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch* .venv-interop .venv-docs site .pytest_cache .mypy_cache .ruff_cache

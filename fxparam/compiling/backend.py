@@ -149,7 +149,8 @@ class Backend:
             gm: the graph.
             inputs: those it is called with the first time.
             split: compiles a graph in parts, each by a call of this backend.
-            mode, options: those given to ``torch.compile``.
+            mode: that given to ``torch.compile``.
+            options: those given to it.
         """
 
         def in_parts(gm: GraphModule, inputs: Sequence[Any]) -> Any:

@@ -53,7 +53,7 @@ def adopt(model: M) -> M:
         ValueError: if an old-style hook does not find its parameters and buffers in its module.
         KeyError: if it computes a tensor of a name that parametrized ones cannot have.
 
-        After an error, ``model`` is as before.
+    After an error, ``model`` is as before.
 
     Example:
         >>> import torch

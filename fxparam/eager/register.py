@@ -65,7 +65,7 @@ def register_parametrization(
             ``torch.jit``.
         KeyError: if the name is one that ``torch.nn.ModuleDict`` reserves, such as ``"keys"``.
 
-        After an error, ``module`` and ``parametrization`` are as before.
+    After an error, ``module`` and ``parametrization`` are as before.
 
     Source: :func:`torch.nn.utils.parametrize.register_parametrization`.
 
@@ -157,7 +157,7 @@ def remove_parametrizations(module: M, tensor_name: str, leave_parametrized: boo
         RuntimeError: if the present value cannot be stored in the original (its dtype differs, or
             a tensor subclass has no ``set_``).
 
-        After an error, ``module`` is as before.
+    After an error, ``module`` is as before.
 
     Source: :func:`torch.nn.utils.parametrize.remove_parametrizations`.
 
@@ -235,7 +235,7 @@ def transfer_parametrizations_and_params(
         ValueError: if the parametrizations change the dtype or shape of a tensor of ``to_module``.
         RuntimeError: if ``to_module`` is lazy and not yet called, or one of ``torch.jit``.
 
-        After an error, both modules are as before.
+    After an error, both modules are as before.
 
     Source: :func:`torch.nn.utils.parametrize.transfer_parametrizations_and_params`.
 

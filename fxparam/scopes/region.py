@@ -68,7 +68,7 @@ def cached(*models: Module) -> Iterator[None]:
     Raises:
         TypeError: if one of ``models`` is not a module.
         RuntimeError: on reading a parametrized tensor while ``torch.jit.trace`` runs inside the
-        region.
+            region.
 
     Source: :func:`torch.nn.utils.parametrize.cached`, whose values can be stale where these cannot.
 
