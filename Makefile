@@ -11,7 +11,7 @@ N ?= 1000
 # Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-newest lint distributed triton bench fuzz interop docs clean
+.PHONY: demo test test-newest lint distributed triton bench fuzz interop docs page clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,14 @@ interop: .venv-interop/.installed
 # Every warning is an error (mkdocs.yml). To read it: python3 -m http.server -d site
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
+# The layout library of the pages that `explain` writes, from the npm registry to the sources.
+PAGE := fxparam/explaining/web
+page:
+	cd $(PAGE) && npm install --no-package-lock --no-audit --no-fund
+	sed '/sourceMappingURL/d' $(PAGE)/node_modules/@dagrejs/dagre/dist/dagre.min.js > $(PAGE)/dagre.min.js
+	cp $(PAGE)/node_modules/@dagrejs/dagre/dist/dagre.min.js.LEGAL.txt $(PAGE)/dagre.LICENSE.txt
+	rm -r $(PAGE)/node_modules
 
 clean:
 	rm -rf .venv .venv-torch* .venv-interop .venv-docs site .pytest_cache .mypy_cache .ruff_cache

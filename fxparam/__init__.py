@@ -13,6 +13,8 @@ from fxparam.eager.register import (
     type_before_parametrizations,
 )
 from fxparam.eager.state_dicts import load_plain_state_dict, plain_state_dict
+from fxparam.explaining.explain import explain
+from fxparam.explaining.explanation import Explanation
 from fxparam.exporting.export import export
 from fxparam.exporting.fold import fold
 from fxparam.graph import HoistResult, Report, Rule
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Explanation",
     "HoistResult",
     "ParametrizationList",
     "Report",
@@ -40,6 +43,7 @@ __all__ = [
     "cached",
     "compile",
     "disabled",
+    "explain",
     "export",
     "fold",
     "frozen",

@@ -7,8 +7,11 @@ import sys
 
 _COMMANDS = {
     "demo": ("fxparam.demo", "an orthogonal RNN on real data, trained four ways"),
-    "explain": ("fxparam.explain.command", "what is shared in a model, and what is not and why"),
-    "kernels": ("fxparam.explain.kernels", "what sharing changes in the code Inductor generates"),
+    "explain": ("fxparam.explaining.command", "what is shared in a model, and what is not and why"),
+    "kernels": (
+        "fxparam.explaining.kernels",
+        "what sharing changes in the code Inductor generates",
+    ),
     "bench": ("benchmarks.__main__", "the benchmark, in a checkout of fxparam"),
 }
 

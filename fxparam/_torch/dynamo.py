@@ -18,6 +18,7 @@ __all__ = [
     "annotate",
     "assign_local_of_traced_code",
     "clear_trace_marks",
+    "break_behind",
     "code_behind_a_break",
     "compilation",
     "dynamo_export",
@@ -112,6 +113,19 @@ def ends_with_a_break(gm: torch.fx.GraphModule) -> bool:
     """Check whether the code goes on behind a graph that Dynamo has captured."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return bool(getattr(reason, "graph_break", False))
+
+
+def break_behind(gm: torch.fx.GraphModule) -> tuple[str, tuple[tuple[str, int], ...]] | None:
+    """Return why a graph that Dynamo has captured ends before the code does; None if it does not.
+
+    Returns:
+        The reason, and the lines that led there, outermost first, as ``(file, line)``.
+    """
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return None
+    frames = tuple((frame.filename, frame.lineno or 0) for frame in reason.user_stack)
+    return reason.reason, frames
 
 
 def compilation() -> object:

@@ -127,7 +127,8 @@ def _values(tensor: Tensor) -> Callable[[], None]:
         with torch.no_grad():
             if _place(tensor) != _place(alias):
                 tensor.data = alias
-            if version_of(tensor) != version:
+            # Batch norm writes its buffers without a new version.
+            if version_of(tensor) != version or not torch.equal(tensor, saved):
                 tensor.copy_(saved)
             if tensor.requires_grad != asks:
                 tensor.detach_().requires_grad_(asks)

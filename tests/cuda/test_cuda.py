@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxparam
-from fxparam.explain.example import Example
-from fxparam.explain.generated import count
-from fxparam.explain.kernels import generated_by
+from fxparam.explaining.example import Example
+from fxparam.explaining.generated import count
+from fxparam.explaining.kernels import generated_by
 from tests.triton.cases import CASES, SIZE, Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

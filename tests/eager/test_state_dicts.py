@@ -119,3 +119,19 @@ def test_what_is_no_module_is_refused() -> None:
     for function in (fxparam.plain_state_dict, lambda x: fxparam.load_plain_state_dict(x, {})):
         with pytest.raises(TypeError, match="must be a torch.nn.Module"):
             function(torch.ones(1))
+
+
+def test_buffers_that_ops_write_without_a_new_version_are_left_as_they_were() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x)
+
+    layer = fxparam.register_parametrization(nn.Linear(3, 3), "weight", Normed())
+    before = copy.deepcopy(layer.state_dict())
+    fxparam.plain_state_dict(layer)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxparam
-from fxparam.explain.generated import count
+from fxparam.explaining.generated import count
 from tests.triton.cases import CASES, SIZE, Case
 from tests.triton.pretended_gpu import Run, for_gpu
 

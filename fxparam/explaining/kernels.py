@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from fxparam._torch.inductor import generated_code
-from fxparam.explain.example import Example, ExampleError, factory_at, run
-from fxparam.explain.generated import Counts, count
+from fxparam.explaining.example import Example, ExampleError, factory_at, run
+from fxparam.explaining.generated import Counts, count
 
 __all__ = ["generated_by", "main"]
 

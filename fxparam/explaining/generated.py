@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Counts", "count", "kernels_of"]
+__all__ = ["Counts", "count", "extern_calls"]
+
+
+# What the names of ops begin with in generated modules.
+_EXTERN = ("extern_kernels.", "torch.ops.", "aten.")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Counts:
     languages: tuple[str, ...] = ()
 
 
-def count(modules: Iterable[str]) -> Counts:
+def count(modules: Sequence[str]) -> Counts:
     """Count what modules that Inductor generated consist of.
 
     >>> module = '''
@@ -43,23 +48,36 @@ def count(modules: Iterable[str]) -> Counts:
     """
     sources: set[str] = set()
     languages: set[str] = set()
-    launches = extern_calls = 0
+    launches = 0
     for module in modules:
         tree = ast.parse(module)
-        kernels = dict(kernels_of(tree))
+        kernels = dict(_kernels_of(tree))
         for compiler, source in kernels.values():
             sources.add(source)
             languages.add("Triton" if compiler == "triton" else "C++")
         for called in _called(tree):
             kernel, _, method = called.partition(".")
-            if kernel in kernels and method in ("", "run"):
-                launches += 1
-            elif called.startswith(("extern_kernels.", "torch.ops.", "aten.")):
-                extern_calls += 1
-    return Counts(len(sources), launches, extern_calls, tuple(sorted(languages)))
+            launches += kernel in kernels and method in ("", "run")
+    calls = sum(extern_calls(modules).values())
+    return Counts(len(sources), launches, calls, tuple(sorted(languages)))
 
 
-def kernels_of(tree: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+def extern_calls(modules: Iterable[str]) -> dict[str, int]:
+    """Count the calls of ops that Inductor does not generate, by the ops' names.
+
+    >>> extern_calls(["def call(args):\\n    extern_kernels.mm(args[0], args[1], out=args[2])"])
+    {'mm': 1}
+    """
+    found: Counter[str] = Counter()
+    for module in modules:
+        for called in _called(ast.parse(module)):
+            if called.startswith(_EXTERN):
+                name = called.removeprefix("torch.ops.").removeprefix("extern_kernels.")
+                found[name.removeprefix("aten.").removesuffix(".default")] += 1
+    return dict(found)
+
+
+def _kernels_of(tree: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield the kernels that a generated module defines.
 
     Each comes with the method of ``async_compile`` that makes it and with its source.

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from fxparam.__main__ import main
-from fxparam.explain.example import Example, ExampleError, example_from, factory_at, run
-from fxparam.explain.generated import count
+from fxparam.explaining.example import Example, ExampleError, example_from, factory_at, run
+from fxparam.explaining.generated import count
 
 MODULE = """
 import torch

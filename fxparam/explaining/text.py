@@ -1,0 +1,115 @@
+"""An explanation as text: a table where ``rich`` is installed, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxparam.explaining.facts import Explained, TensorExplained
+
+__all__ = ["counted", "done", "head", "summary", "text"]
+
+_COLUMNS = ("tensor", "parametrization", "accesses", "evaluations", "now", "what was done")
+
+
+def text(explanation: Explained) -> str:
+    """Return an explanation for a terminal."""
+    rows = [
+        (*_cells(each), "; ".join((*done(each), *_refused(each)))) for each in explanation.tensors
+    ]
+    lines = [*head(explanation), "", *_table(rows), *_refusals(explanation)]
+    return "\n".join([*lines, *summary(explanation)])
+
+
+def head(explanation: Explained) -> Iterator[str]:
+    """Yield what was captured: graphs, and the breaks between them."""
+    number = len(explanation.graphs)
+    ends = [graph.end for graph in explanation.graphs if graph.end is not None]
+    scope = "" if explanation.scope == "graph" else f", in scope={explanation.scope!r}"
+    yield f"{_counted(number, 'graph')}, {_counted(len(ends), 'graph break')}{scope}"
+    for end in ends:
+        yield f"  break{f' at {end.where}' if end.where else ''}: {end.reason}"
+
+
+def _cells(tensor: TensorExplained) -> tuple[str, ...]:
+    before, now = ("?" if n is None else str(n) for n in (tensor.runs_before, tensor.runs))
+    kind = " -> ".join(tensor.kind) or "(no name)"
+    return tensor.name, kind, str(tensor.accesses), before, now
+
+
+def done(tensor: TensorExplained) -> Iterator[str]:
+    """Yield what the passes did for a tensor, in words."""
+    for op, iterations in tensor.hoisted_from:
+        yield f"moved out of {op}" + (f" of {iterations} iterations" if iterations else "")
+    for op in tensor.lowered:
+        yield f"{op} lowered"
+    if tensor.batched_with:
+        yield f"batched with {len(tensor.batched_with)} others"
+    if tensor.not_batched:
+        yield f"not batched: {tensor.not_batched}"
+
+
+def _refused(tensor: TensorExplained) -> Iterator[str]:
+    refused = sum(each.count for each in tensor.refused)
+    if refused:
+        yield f"{refused} refused"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        yield "Nothing in it is computed from parameters alone and read more than once."
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+        for row in (_COLUMNS, *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            yield "  ".join(cells).rstrip()
+        return
+    table = Table()
+    for i, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if 2 <= i <= 4 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=max(100, Console().width), color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    yield captured.get().rstrip()
+
+
+def _refusals(explanation: Explained) -> Iterator[str]:
+    for tensor in explanation.tensors:
+        for each in tensor.refused:
+            rule = "not worthwhile" if each.number is None else f"rule {each.number}"
+            yield f"{tensor.name}: {each.count} refused by {rule}, {each.reason}"
+            yield from (f"  {place}" for place in each.where)
+            yield f"  To change: {each.change}"
+
+
+def summary(explanation: Explained) -> Iterator[str]:
+    """Yield what was saved, and what would save more."""
+    forward, backward = explanation.saved
+    if forward.bytes or forward.flops:
+        yield (
+            f"Saved in a call: {counted(forward.flops)} floating-point operations and "
+            f"{counted(forward.bytes)} bytes forward, {counted(backward.flops)} and "
+            f"{counted(backward.bytes)} backward."
+        )
+    for scope in explanation.scopes:
+        yield f"{scope}."
+    if explanation.extern_calls is not None:
+        calls = (f"{name} ({n})" for name, n in explanation.extern_calls.items())
+        yield f"Inductor calls, and does not generate: {', '.join(calls) or 'nothing'}."
+
+
+def counted(number: int) -> str:
+    """Return a number in three digits, as ``1.23 M``."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
