@@ -11,16 +11,16 @@ N ?= 1000
 # Processes that run the tests. A test keeps one core busy: torch's threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-newest lint distributed triton bench fuzz interop docs page clean
+.PHONY: demo test test-newest lint distributed triton bench fuzz interop docs page pages clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev,triton]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev,triton,viz]'
 else
 	$(BIN)/python -m pip install -q torch==$(TORCH)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[demo,dev,viz]'
 endif
 	touch $@
 
@@ -71,6 +71,12 @@ interop: .venv-interop/.installed
 # Every warning is an error (mkdocs.yml). To read it: python3 -m http.server -d site
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
+# The recorded pages of docs/explain.md.
+pages: $(STAMP)
+	for name in vocoder transformer rnn; do \
+		$(BIN)/python -W ignore -m fxparam explain docs.tools.models:$$name --html docs/pages/$$name.html || exit 1; \
+	done
 
 # The layout library of the pages that `explain` writes, from the npm registry to the sources.
 PAGE := fxparam/explaining/web

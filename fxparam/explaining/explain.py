@@ -257,8 +257,9 @@ def _longer(scope: str, tensors: Sequence[TensorExplained]) -> tuple[Scope, ...]
     )
     found = []
     if scope == "graph" and call < now:
-        found.append(Scope("call", call, now, "fxparam.compile(model, scope='call')"))
-    pure = [each for each in named if not any(r.number == 5 for r in each.refused)]
+        effects = any(r.number in _IN_A_REGION for each in named for r in each.refused)
+        found.append(Scope("call", call, now, "fxparam.compile(model, scope='call')", effects))
+    pure = [each for each in named if not any(r.number in _IN_A_REGION for r in each.refused)]
     kept = now - sum(each.runs or 0 for each in pure)
     if torch.is_grad_enabled():
         step = 8 * kept + len(pure)

@@ -113,15 +113,19 @@ class Scope:
         runs: evaluations in one call under it, of all tensors.
         now: evaluations in one call now, of all tensors.
         how: what to write.
+        effects: evaluations that have effects, such as random draws, are shared with them. Results
+            are then not eager's.
     """
 
     scope: str
     runs: int
     now: int
     how: str
+    effects: bool = False
 
     def __str__(self) -> str:
-        return f"{self.how} would save {self.now - self.runs} of {self.now} evaluations"
+        saved = f"{self.how} would save {self.now - self.runs} of {self.now} evaluations"
+        return f"{saved}, whose effects then occur once" if self.effects else saved
 
 
 @dataclass(frozen=True, repr=False)

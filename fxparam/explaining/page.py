@@ -13,7 +13,7 @@ from typing import Any
 
 from fxparam.explaining.facts import Explained, TensorExplained
 from fxparam.explaining.picture import Block, Picture
-from fxparam.explaining.text import counted, done, head, summary
+from fxparam.explaining.text import counted, done, head, near, summary
 
 __all__ = ["drawing", "in_frame", "page"]
 
@@ -78,6 +78,7 @@ def _data(explanation: Explained) -> dict[str, Any]:
     """Return what the page draws: short keys, since a graph may have thousands of operations."""
     names = [each.name for each in explanation.tensors]
     number = {name: i for i, name in enumerate(names)}
+    places: dict[str, int] = {}
 
     def of(picture: Picture) -> dict[str, Any]:
         operations = [
@@ -85,7 +86,7 @@ def _data(explanation: Explained) -> dict[str, Any]:
                 "n": each.name,
                 "op": each.op,
                 "value": each.value,
-                "w": each.where,
+                "w": [places.setdefault(place, len(places)) for place in each.where],
                 "i": each.inputs,
                 "t": number.get(each.tensor, -1),
             }
@@ -97,10 +98,8 @@ def _data(explanation: Explained) -> dict[str, Any]:
     graphs = [
         {"before": of(g.before), "after": of(g.after), "moved": moved} for g in explanation.graphs
     ]
-    places = {
-        o.where for g in explanation.graphs for o in (*g.before.operations, *g.after.operations)
-    }
-    return {"graphs": graphs, "tensors": names, "code": {w: _code(w) for w in places if w}}
+    code = [[near(place), _code(place)] for place in places]
+    return {"graphs": graphs, "tensors": names, "code": code}
 
 
 def _block(block: Block) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def _row(i: int, tensor: TensorExplained) -> str:
     notes = [html.escape(line) for line in done(tensor)]
     for each in tensor.refused:
         rule = "not worthwhile" if each.number is None else f"rule {each.number}"
-        places = ", ".join(f"<code>{html.escape(place)}</code>" for place in each.where)
+        places = ", ".join(f"<code>{html.escape(near(place))}</code>" for place in each.where)
         notes.append(
             f'<div class="refused">{each.count} refused by <b>{rule}</b>, '
             f"{html.escape(each.reason)} {places}<br>"

@@ -45,7 +45,7 @@ class Operation:
         name: in the graph.
         op: what it calls.
         value: dtype and shape of its result, as ``float32 4 x 4``.
-        where: the line of code, as ``file:line``; empty if it is not known.
+        where: the lines of code that led to it, outermost first, as ``file:line``.
         inputs: indices of operations whose results it takes.
         tensor: the parametrized tensor that it evaluates, if it does.
         parameter: whether it is a parameter or a buffer.
@@ -54,7 +54,7 @@ class Operation:
     name: str
     op: str
     value: str
-    where: str
+    where: tuple[str, ...]
     inputs: tuple[int, ...]
     tensor: str = ""
     parameter: bool = False
@@ -211,7 +211,7 @@ class _Painter:
                 node.name,
                 _spelled(node),
                 _described(value_of(node)),
-                _where(node),
+                tuple(_lines_of(node)),
                 tuple(dict.fromkeys(inputs)),
                 evaluated[1] if evaluated is not None and node.op.startswith("call") else "",
                 node.op in ("placeholder", "get_attr") and is_parameter(node),
@@ -241,7 +241,7 @@ def _key(node: Node) -> _Key:
     around = list(modules_around(node).values())
     name = module_path(re.sub(r"^L\['\w+'\]", "", around[-1][0])) if around else ""
     if not name:
-        return "module", "", "", _where(node)
+        return "module", "", "", next(_lines_of(node), "")
     kind = around[-1][1]
     return "module", f"{name} ({getattr(kind, '__name__', kind)})", "", ""
 
@@ -249,7 +249,9 @@ def _key(node: Node) -> _Key:
 def _folded(blocks: Sequence[Block]) -> tuple[Block, ...]:
     """Return blocks with those that repeat made one, and with few on a level."""
     named = [replace(b, label=b.tensor) if b.kind == "evaluation" else b for b in blocks]
-    found = _repeats(named)
+    found, before = _repeats(named), len(named)
+    while len(found) < before:  # a loop around a loop
+        found, before = _repeats(found), len(found)
     while len(found) > _MOST:
         found = [
             Block(_span(part), "part", blocks=tuple(part)) if len(part) > 1 else part[0]
@@ -315,18 +317,13 @@ def _described(value: Any) -> str:
     return ", ".join(shapes)
 
 
-def _where(node: Node) -> str:
-    """Return the outermost line of code that led to a node and is nobody's package."""
-    return next(_lines_of(node), "")
-
-
 def is_own_file(file: str) -> bool:
     """Check whether a file is torch's or this package's."""
     return not _OWN.isdisjoint(Path(file).parents)
 
 
 def _lines_of(node: Node) -> Iterator[str]:
-    """Yield the lines that led to a node, outermost first, that are not torch's nor ours."""
+    """Yield the lines that led to a node, outermost first, without torch's and this package's."""
     trace = node.meta.get("stack_trace") or ""
     for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace):
         if not is_own_file(file):

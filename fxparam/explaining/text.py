@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from fxparam.explaining.costs import Cost
 from fxparam.explaining.facts import Explained, TensorExplained
 
-__all__ = ["counted", "done", "head", "summary", "text"]
+__all__ = ["counted", "done", "head", "near", "summary", "text"]
 
 _COLUMNS = ("tensor", "parametrization", "accesses", "evaluations", "now", "what was done")
 
@@ -27,7 +29,7 @@ def head(explanation: Explained) -> Iterator[str]:
     scope = "" if explanation.scope == "graph" else f", in scope={explanation.scope!r}"
     yield f"{_counted(number, 'graph')}, {_counted(len(ends), 'graph break')}{scope}"
     for end in ends:
-        yield f"  break{f' at {end.where}' if end.where else ''}: {end.reason}"
+        yield f"  break{f' at {near(end.where)}' if end.where else ''}: {end.reason}"
 
 
 def _cells(tensor: TensorExplained) -> tuple[str, ...]:
@@ -83,7 +85,7 @@ def _refusals(explanation: Explained) -> Iterator[str]:
         for each in tensor.refused:
             rule = "not worthwhile" if each.number is None else f"rule {each.number}"
             yield f"{tensor.name}: {each.count} refused by {rule}, {each.reason}"
-            yield from (f"  {place}" for place in each.where)
+            yield from (f"  {near(place)}" for place in each.where)
             yield f"  To change: {each.change}"
 
 
@@ -91,11 +93,7 @@ def summary(explanation: Explained) -> Iterator[str]:
     """Yield what was saved, and what would save more."""
     forward, backward = explanation.saved
     if forward.bytes or forward.flops:
-        yield (
-            f"Saved in a call: {counted(forward.flops)} floating-point operations and "
-            f"{counted(forward.bytes)} bytes forward, {counted(backward.flops)} and "
-            f"{counted(backward.bytes)} backward."
-        )
+        yield f"Saved in a call: {_cost(forward)} forward, {_cost(backward)} backward."
     for scope in explanation.scopes:
         yield f"{scope}."
     if explanation.extern_calls is not None:
@@ -103,12 +101,22 @@ def summary(explanation: Explained) -> Iterator[str]:
         yield f"Inductor calls, and does not generate: {', '.join(calls) or 'nothing'}."
 
 
+def _cost(cost: Cost) -> str:
+    return f"{counted(cost.flops)}flop and {counted(cost.bytes)}B"
+
+
 def counted(number: int) -> str:
-    """Return a number in three digits, as ``1.23 M``."""
+    """Return a number in three digits, as ``1.23 M``, for a unit to follow."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return str(number)
+    return f"{number} "
+
+
+def near(place: str) -> str:
+    """Return ``file:line`` as it is seen from the current folder, if the file is below it."""
+    path = Path(place)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else place
 
 
 def _counted(number: int, what: str) -> str:

@@ -90,10 +90,10 @@ function tip(event) {
   box.hidden = !block;
   if (!block) return;
   const graph = data.graphs[state.graph], side = block.dataset.id[0] === "b" ? "before" : "after";
-  const op = graph[side].ops[+block.dataset.op], line = data.code[op.w] ?? "";
+  const op = graph[side].ops[+block.dataset.op], lines = op.w.map((i) => data.code[i]);
   const what = op.t >= 0 ? `<b>${escaped(data.tensors[op.t])}</b> ` : "";
   box.innerHTML = `${what}<span class="soft">${escaped(op.n)}: ${escaped(op.op)} ${escaped(op.value)}</span>` +
-    (op.w ? `<br><span class="soft">${escaped(op.w)}</span><code>${escaped(line)}</code>` : "");
+    lines.map(([place, code]) => `<br><span class="soft">${escaped(place)}</span><code>${escaped(code)}</code>`).join("");
   const at = event.type === "focusin" ? block.getBoundingClientRect() : { left: event.clientX, bottom: event.clientY };
   box.style.left = `${Math.min(at.left + 14, innerWidth - box.offsetWidth - 8)}px`;
   box.style.top = `${Math.min(at.bottom + 14, innerHeight - box.offsetHeight - 8)}px`;
@@ -150,4 +150,7 @@ document.addEventListener("keydown", (e) => {
     e.preventDefault();
   }
 });
-if (data.graphs.length) draw();
+if (data.graphs.length) {
+  draw();
+  zoom(Math.min(1, Math.max(0.6, (panel.clientWidth - 4) / panel.querySelector("svg").viewBox.baseVal.width)));
+}
