@@ -19,6 +19,7 @@ __all__ = [
     "assign_local_of_traced_code",
     "clear_trace_marks",
     "break_behind",
+    "breaks_counted",
     "code_behind_a_break",
     "compilation",
     "dynamo_export",
@@ -126,6 +127,15 @@ def break_behind(gm: torch.fx.GraphModule) -> tuple[str, tuple[tuple[str, int], 
         return None
     frames = tuple((frame.filename, frame.lineno or 0) for frame in reason.user_stack)
     return reason.reason, frames
+
+
+def breaks_counted() -> tuple[str, ...]:
+    """Return the reasons of graph breaks since the last ``torch.compiler.reset()``.
+
+    Those of frames that Dynamo then left to eager mode are among them, of which there is no graph.
+    """
+    counted: Any = lookup("torch._dynamo.utils", "counters")["graph_break"]
+    return tuple(counted)
 
 
 def compilation() -> object:

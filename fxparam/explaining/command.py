@@ -11,6 +11,7 @@ import torch
 
 from fxparam.explaining.example import ExampleError, factory_at
 from fxparam.explaining.explain import explain
+from fxparam.explaining.explanation import Explanation
 
 __all__ = ["main"]
 
@@ -29,6 +30,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _draw(explanation: Explanation, path: Path) -> None:
+    try:
+        explanation.to_svg(path)
+    except ImportError as error:
+        raise ExampleError(" ".join(str(error).splitlines())) from error
+    except IndexError as error:
+        raise ExampleError(f"--svg: {error}") from error
+
+
 def main(arguments: list[str]) -> int:
     """Run the ``explain`` command and return its exit code: 2 for arguments that cannot work."""
     options = _parser().parse_args(arguments)
@@ -41,7 +51,7 @@ def main(arguments: list[str]) -> int:
         if reserved:
             raise ExampleError(f"inputs may not be named {', '.join(sorted(reserved))}")
         if options.scope != "graph" and not isinstance(example.model, torch.nn.Module):
-            raise ExampleError(f"--scope {options.scope} is for modules: the model is a function")
+            raise ExampleError(f"--scope {options.scope} is for modules: the model is none")
         explanation = explain(
             example.model,
             *example.args,
@@ -55,8 +65,8 @@ def main(arguments: list[str]) -> int:
         if options.json:
             options.json.write_text(json.dumps(explanation.to_dict(), indent=2) + "\n")
         if options.svg:
-            explanation.to_svg(options.svg)
-    except (ExampleError, ImportError) as error:
+            _draw(explanation, options.svg)
+    except (ExampleError, OSError) as error:
         print(f"fxparam explain: {error}", file=sys.stderr)
         return 2
     return 0

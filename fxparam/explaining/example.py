@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def factory_at(target: str) -> Callable[[], Example]:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExampleError(f"cannot import {module_name!r}: {_line(error)}") from error
     factory: Any = module
     for part in name.split("."):
@@ -66,7 +66,7 @@ def factory_at(target: str) -> Callable[[], Example]:
     def make() -> Example:
         try:
             made = factory()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ExampleError(f"{target} failed: {_line(error)}") from error
         return example_from(made, target)
 
@@ -84,9 +84,9 @@ def example_from(made: Any, source: str) -> Example:
         ExampleError: it is something else.
     """
     match made:
-        case (model, tuple(args), Mapping() as kwargs) if callable(model):
+        case (model, tuple(args), Mapping() as kwargs) if callable(model) and _are_names(kwargs):
             return Example(model, args, dict(kwargs))
-        case (model, Mapping() as kwargs) if callable(model):
+        case (model, Mapping() as kwargs) if callable(model) and _are_names(kwargs):
             return Example(model, (), dict(kwargs))
         case (model, tuple(args)) if callable(model):
             return Example(model, args)
@@ -96,8 +96,16 @@ def example_from(made: Any, source: str) -> Example:
     raise ExampleError(f"{source} must return a model and its inputs, (model, x): found {found}")
 
 
-def run(example: Example, compiled: Callable[..., Any]) -> bool:
+def run(
+    example: Example, compiled: Callable[..., Any], trained: Sequence[torch.Tensor] = ()
+) -> bool:
     """Call a compiled model with an example's inputs, and go backward if it has gradients.
+
+    Args:
+        example: the inputs.
+        compiled: the model.
+        trained: tensors whose gradients are computed and dropped. Without any, gradients are added
+            to those of all tensors that ask for them.
 
     Returns:
         Whether there was a backward.
@@ -105,10 +113,16 @@ def run(example: Example, compiled: Callable[..., Any]) -> bool:
     output = compiled(*example.args, **example.kwargs)
     leaves = [x for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor)]
     losses = [x.abs().sum() for x in leaves if x.requires_grad]
-    if losses:
-        sum(losses, losses[0] * 0).backward()  # type: ignore[no-untyped-call]
+    if losses and trained:
+        torch.autograd.grad(losses, trained, allow_unused=True)
+    elif losses:
+        torch.autograd.backward(losses)
     return bool(losses)
 
 
-def _line(error: Exception) -> str:
+def _are_names(kwargs: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in kwargs)
+
+
+def _line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip().splitlines()[0]

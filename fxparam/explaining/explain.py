@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxparam._torch.dynamo import break_behind
+from fxparam._torch.dynamo import break_behind, breaks_counted
 from fxparam._torch.inductor import generated_code
+from fxparam._torch.names import tree_flatten
 from fxparam.compiling.backend import Backend
 from fxparam.compiling.entry import compile as compile_in_scope
+from fxparam.compiling.scoped import SCOPES
+from fxparam.eager.register import is_parametrized
 from fxparam.eager.rollback import unchanged
 from fxparam.explaining.advice import change_for
 from fxparam.explaining.costs import Cost, cost_of, key_of
@@ -32,6 +38,7 @@ from fxparam.explaining.picture import Picture, is_own_file, joined, picture
 from fxparam.graph.analysis.evaluations import Evaluation, evaluations
 from fxparam.graph.passes.hoist import HoistResult
 from fxparam.graph.report import Batch, Entry, Refusal, Report
+from fxparam.scopes.models import adopt_models
 
 __all__ = ["explain"]
 
@@ -45,9 +52,9 @@ def explain(
 ) -> Explanation:
     """Say what ``torch.compile(model, backend="fxparam")`` does to a model.
 
-    The model is captured and called once. Its parameters, buffers and random state are as before
-    afterwards. All compiled code of the process is forgotten, as by ``torch._dynamo.explain``, and
-    is compiled anew when it is called next.
+    The model is captured and called once. Parameters, buffers and the random state are as before
+    afterwards, of a module and of modules that a function holds. All compiled code of the process
+    is forgotten, as by ``torch._dynamo.explain``, and is compiled anew when it is called next.
 
     Args:
         model: a module or function.
@@ -63,45 +70,71 @@ def explain(
 
     Raises:
         ValueError: there is no such scope.
-        TypeError: ``model`` is not callable, or a function that is given a longer scope.
+        TypeError: ``model`` is not callable, or a function without modules that is given a longer
+            scope.
 
     >>> import torch
     >>> from torch.nn.utils.parametrizations import weight_norm
     >>> layer = weight_norm(torch.nn.Linear(2, 2))
     >>> explanation = explain(lambda x: layer(layer(x)), torch.ones(1, 2))
     >>> [(each.name, each.runs_before, each.runs) for each in explanation.tensors]
-    [('weight', 2, 1)]
+    [('layer.weight', 2, 1)]
     """
-    modules: list[str] = []
+    generated: list[str] = []
+    roots = tuple(_modules_of(model))
+    if scope in SCOPES:
+        adopt_models(roots)  # for good, hence not undone below
     with ExitStack() as stack:
-        inner = "eager"
         if inductor:
-            inner, modules = "inductor", stack.enter_context(generated_code())
-        recorder = _Recorder(inner)
-        compiled = compile_in_scope(model, scope=scope, backend=recorder)
-        stack.enter_context(_as_before(model))
+            generated = stack.enter_context(generated_code())
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        stack.enter_context(_as_before(roots, inputs))
+        recorder = _Recorder("inductor" if inductor else "eager")
+        models = () if isinstance(model, nn.Module) or scope not in SCOPES else roots
+        compiled = compile_in_scope(model, scope=scope, models=models, backend=recorder)
         if inductor:
-            run(Example(model, args, kwargs), compiled)
+            leaves = {id(x): x for x in (*_parameters(roots), *inputs) if x.requires_grad}
+            run(Example(model, args, kwargs), compiled, list(leaves.values()))
         else:
             compiled(*args, **kwargs)
-    return recorder.explanation(scope, extern_calls(modules) if inductor else None)
+        breaks = breaks_counted()
+    calls = extern_calls(generated) if inductor else None
+    return recorder.explanation(scope, roots, breaks, calls)
+
+
+def _modules_of(model: Any) -> Iterator[nn.Module]:
+    """Yield the modules that a model is, is bound to, or holds as a function does."""
+    held: list[Any] = []
+    if isinstance(model, nn.Module):
+        held = [model]
+    elif isinstance(model, partial):
+        for each in (model.func, *model.args, *model.keywords.values()):
+            yield from _modules_of(each)
+    elif isinstance(model, FunctionType):
+        around = inspect.getclosurevars(model)
+        held = [*around.nonlocals.values(), *around.globals.values()]
+    else:
+        owner = model.__self__ if isinstance(model, MethodType) else model
+        held = [owner, *getattr(owner, "__dict__", {}).values()]
+    yield from (each for each in held if isinstance(each, nn.Module))
+
+
+def _parameters(roots: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for root in roots:
+        yield from root.parameters()
 
 
 @contextmanager
-def _as_before(model: Callable[..., Any]) -> Iterator[None]:
+def _as_before(roots: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
     """Run a block that calls a model, and leave no trace of it."""
-    bound = getattr(model, "__self__", None)
-    roots = [each for each in (model, bound) if isinstance(each, nn.Module)]
-    gradients = [(p, p.grad) for root in roots for p in root.parameters()]
     torch.compiler.reset()
+    gradients = [(x, x.grad) for x in (*_parameters(roots), *inputs) if x.is_leaf]
     try:
         with torch.random.fork_rng(), unchanged(*roots):
-            for parameter, _ in gradients:
-                parameter.grad = None
             yield
     finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        for tensor, gradient in gradients:
+            tensor.grad = gradient
         torch.compiler.reset()
 
 
@@ -113,7 +146,15 @@ class _Graph:
     costs: dict[str, tuple[Cost, Cost] | None]
     end: Break | None
     report: Report = field(default_factory=Report)
-    compiled: list[Picture] = field(default_factory=list)  # what is left, then what goes in front
+    compiled: list[_Compiled] = field(default_factory=list)  # what is left, then what is in front
+
+
+@dataclass
+class _Compiled:
+    """A graph that was given to the inner backend, and how many times it ran."""
+
+    picture: Picture
+    calls: int = 0
 
 
 class _Recorder(Backend):
@@ -144,8 +185,15 @@ class _Recorder(Backend):
                 self._graphs.append(_Graph(picture(gm), {}, _break_of(gm)))
             graph = self._graphs[-1]
             shared = {e.name for e in graph.report.entries if e.kind and e.runs != e.runs_before}
-            graph.compiled.append(picture(gm, in_front=shared))
-            return inner(gm, inputs)
+            seen = _Compiled(picture(gm, in_front=shared))
+            graph.compiled.append(seen)
+            compiled = inner(gm, inputs)
+
+            def counted(*args: Any) -> Any:
+                seen.calls += 1
+                return compiled(*args)
+
+            return counted
 
         return recorded
 
@@ -164,15 +212,31 @@ class _Recorder(Backend):
             self._known[key] = cost_of(evaluation)
         return self._known[key]
 
-    def explanation(self, scope: str, calls: dict[str, int] | None) -> Explanation:
+    def explanation(
+        self,
+        scope: str,
+        roots: Sequence[nn.Module],
+        breaks: Sequence[str],
+        calls: dict[str, int] | None,
+    ) -> Explanation:
         """Return what was seen."""
         graphs = tuple(
-            GraphExplained(graph.before, joined(graph.compiled), graph.end)
+            GraphExplained(
+                graph.before,
+                joined([each.picture for each in graph.compiled]),
+                graph.end,
+                graph.compiled[0].calls,
+            )
             for graph in self._graphs
         )
         names = dict.fromkeys(e.name for graph in self._graphs for e in graph.report.entries)
         tensors = tuple(self._tensor(name, in_region=scope != "graph") for name in names)
-        return Explanation(scope, graphs, tensors, _longer(scope, tensors), calls)
+        unseen = tuple(name for name in _parametrized(roots) if not _is_among(name, names))
+        known = {each.end.reason for each in graphs if each.end is not None}
+        left = tuple(dict.fromkeys(map(_first_line, breaks)).keys() - known)
+        return Explanation(
+            scope, graphs, tensors, _longer(scope, tensors), calls, unseen, tuple(sorted(left))
+        )
 
     def _tensor(self, name: str, *, in_region: bool) -> TensorExplained:
         """Return what was seen of a tensor in all graphs."""
@@ -189,7 +253,7 @@ class _Recorder(Backend):
             name,
             next((entry.kind for entry in entries if entry.kind), ()),
             sum(entry.accesses for entry in entries),
-            _sum(entry.runs_before for entry in entries),
+            _sum(_times(entry.runs_before, graph.compiled[0].calls) for graph, entry in parts),
             _sum(_runs(*part, in_region=in_region) for part in parts),
             tuple(dict.fromkeys(place for entry in entries for place in entry.hoisted_from)),
             tuple(_explained(refusal) for entry in entries for refusal in entry.refused),
@@ -203,9 +267,26 @@ class _Recorder(Backend):
 def _runs(graph: _Graph, entry: Entry, *, in_region: bool) -> int | None:
     """Return how many evaluations of a tensor are left, those in front of the graph included."""
     rest, *in_front = graph.compiled
-    if not in_region or not entry.kind or entry.name in rest.tensors:
-        return entry.runs
-    return sum(entry.name in each.tensors for each in in_front)
+    if not in_region or not entry.kind or entry.name in rest.picture.tensors:
+        return _times(entry.runs, rest.calls)
+    return sum(each.calls for each in in_front if entry.name in each.picture.tensors)
+
+
+def _times(runs: int | None, calls: int) -> int | None:
+    return None if runs is None else runs * calls
+
+
+def _parametrized(roots: Sequence[nn.Module]) -> Iterator[str]:
+    """Yield the names of the parametrized tensors of modules."""
+    for root in roots:
+        for name, module in root.named_modules():
+            if is_parametrized(module):
+                yield from (f"{name}.{each}".strip(".") for each in module.parametrizations)
+
+
+def _is_among(name: str, names: Collection[str]) -> bool:
+    """Check whether a tensor is among those of graphs, which may have a prefix or none."""
+    return any(each == name or each.endswith(f".{name}") for each in names)
 
 
 def _sum(numbers: Iterator[int | None]) -> int | None:
@@ -235,7 +316,11 @@ def _break_of(gm: GraphModule) -> Break | None:
         return None
     reason, frames = found
     own = [f"{file}:{line}" for file, line in frames if not is_own_file(file)]
-    return Break(reason.strip().splitlines()[0], own[-1] if own else "")
+    return Break(_first_line(reason), own[-1] if own else "")
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().partition("\n")[0]
 
 
 # What a region shares although a graph may not: it evaluates once, with its effects.
@@ -259,7 +344,7 @@ def _longer(scope: str, tensors: Sequence[TensorExplained]) -> tuple[Scope, ...]
     if scope == "graph" and call < now:
         effects = any(r.number in _IN_A_REGION for each in named for r in each.refused)
         found.append(Scope("call", call, now, "fxparam.compile(model, scope='call')", effects))
-    pure = [each for each in named if not any(r.number in _IN_A_REGION for r in each.refused)]
+    pure = [each for each in named if not each.refused]
     kept = now - sum(each.runs or 0 for each in pure)
     if torch.is_grad_enabled():
         step = 8 * kept + len(pure)

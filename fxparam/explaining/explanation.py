@@ -31,6 +31,9 @@ class Explanation(Explained):
         scopes: scopes that would share more.
         extern_calls: ops that Inductor calls and does not generate, with the number of calls in the
             code; None if Inductor was not asked.
+        unseen: parametrized tensors of the model that no graph evaluates: eager code reads them, or
+            nobody does.
+        breaks: reasons of Dynamo's for code that it left to eager mode, without a graph.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class Explanation(Explained):
                 {
                     "operations_before": len(graph.before.operations),
                     "operations_after": len(graph.after.operations),
+                    "calls": graph.calls,
                     "break": asdict(graph.end) if graph.end else None,
                 }
                 for graph in self.graphs
@@ -55,6 +59,8 @@ class Explanation(Explained):
             "saved": {"forward": asdict(forward), "backward": asdict(backward)},
             "scopes": [asdict(each) for each in self.scopes],
             "extern_calls": self.extern_calls,
+            "unseen": list(self.unseen),
+            "breaks": list(self.breaks),
         }
 
     def __str__(self) -> str:

@@ -97,11 +97,13 @@ class GraphExplained:
     Attributes:
         before, after: the graph, and what the passes made of it.
         end: the graph break behind it; None if there is none.
+        calls: how many times it ran in the call of the model.
     """
 
     before: Picture
     after: Picture
     end: Break | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class Explained:
         scopes: scopes that would share more.
         extern_calls: ops that Inductor calls and does not generate, with the number of calls in the
             code; None if Inductor was not asked.
+        unseen: parametrized tensors of the model that no graph evaluates: eager code reads them, or
+            nobody does.
+        breaks: reasons of Dynamo's for code that it left to eager mode, without a graph.
     """
 
     scope: str
@@ -146,6 +151,8 @@ class Explained:
     tensors: tuple[TensorExplained, ...]
     scopes: tuple[Scope, ...] = ()
     extern_calls: dict[str, int] | None = None
+    unseen: tuple[str, ...] = ()
+    breaks: tuple[str, ...] = ()
 
     @property
     def saved(self) -> tuple[Cost, Cost]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fxparam.explaining.facts import Explained, TensorExplained
 from fxparam.explaining.picture import Block, Picture
-from fxparam.explaining.text import counted, done, head, near, summary
+from fxparam.explaining.text import counted, done, head, near, summary, unseen
 
 __all__ = ["drawing", "in_frame", "page"]
 
@@ -118,7 +118,7 @@ def _code(where: str) -> str:
 
 
 def _summary(explanation: Explained) -> Iterator[str]:
-    for line in (*head(explanation), *summary(explanation)):
+    for line in (*head(explanation), *unseen(explanation), *summary(explanation)):
         yield html.escape(line.strip())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fxparam.explaining.costs import Cost
 from fxparam.explaining.facts import Explained, TensorExplained
 
-__all__ = ["counted", "done", "head", "near", "summary", "text"]
+__all__ = ["counted", "done", "head", "near", "summary", "unseen", "text"]
 
 _COLUMNS = ("tensor", "parametrization", "accesses", "evaluations", "now", "what was done")
 
@@ -18,7 +18,7 @@ def text(explanation: Explained) -> str:
     rows = [
         (*_cells(each), "; ".join((*done(each), *_refused(each)))) for each in explanation.tensors
     ]
-    lines = [*head(explanation), "", *_table(rows), *_refusals(explanation)]
+    lines = [*head(explanation), "", *_table(rows), *unseen(explanation), *_refusals(explanation)]
     return "\n".join([*lines, *summary(explanation)])
 
 
@@ -30,6 +30,15 @@ def head(explanation: Explained) -> Iterator[str]:
     yield f"{_counted(number, 'graph')}, {_counted(len(ends), 'graph break')}{scope}"
     for end in ends:
         yield f"  break{f' at {near(end.where)}' if end.where else ''}: {end.reason}"
+
+
+def unseen(explanation: Explained) -> Iterator[str]:
+    """Yield what was not in any graph."""
+    for reason in explanation.breaks:
+        yield f"Left to eager mode: {reason}"
+    if explanation.unseen:
+        names = ", ".join(explanation.unseen)
+        yield f"In no graph: {names}. Eager code reads them, or nobody does."
 
 
 def _cells(tensor: TensorExplained) -> tuple[str, ...]:
@@ -58,7 +67,7 @@ def _refused(tensor: TensorExplained) -> Iterator[str]:
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     if not rows:
-        yield "Nothing in it is computed from parameters alone and read more than once."
+        yield "No graph evaluates a parametrized tensor, or another value more than once."
         return
     try:
         from rich.console import Console

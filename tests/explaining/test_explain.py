@@ -258,6 +258,105 @@ def test_nothing_is_left_behind() -> None:
     assert type(model[0]).__name__ == "ParametrizedLinear"
 
 
+def test_tensors_of_the_same_name_are_told_apart() -> None:
+    a, b = _linear(Counting()), _linear(LowRank(4))
+    explanation = fxparam.explain(lambda x: a(a(b(x))), torch.ones(1, 4))
+    rows = {each.name: (each.kind, each.runs_before, each.runs) for each in explanation.tensors}
+    assert rows == {"a.weight": (("Counting",), 2, 1), "b.weight": (("LowRank",), 1, 1)}
+
+
+@pytest.mark.parametrize("scope", ["graph", "call"])
+def test_a_graph_counts_as_often_as_it_runs(scope: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = _linear(Counting())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            torch._dynamo.graph_break()
+            return self.layer(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(5):
+                x = self.inner(x)
+            return x
+
+    model, x = Outer(), torch.randn(2, 4)
+    (tensor,) = fxparam.explain(model, x, scope=scope).tensors
+    compiled = fxparam.compile(model, scope=scope, backend=fxparam.backend("eager"))
+    compiled(x)
+    COUNTS["forward"] = 0
+    compiled(x)
+    assert tensor.runs == COUNTS["forward"] == {"graph": 10, "call": 1}[scope]
+    assert tensor.runs_before == 10
+
+
+@pytest.mark.parametrize("function", [_written, _modes])
+def test_a_step_is_not_promised_what_rules_refuse(function: Callable[..., Tensor]) -> None:
+    layer, x = _linear(Counting()), torch.rand(2, 4)
+    assert "step" not in {each.scope for each in fxparam.explain(function, layer, x).scopes}
+
+
+def test_what_no_graph_has_is_told() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = _linear(Counting())
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.layer(self.layer(x))
+                torch._dynamo.graph_break()
+            return x
+
+    class InARegion(Loop):
+        def forward(self, x: Tensor) -> Tensor:
+            with fxparam.cached(self):
+                return self.layer(self.layer(x))
+
+    for model in (Loop(), InARegion()):
+        explanation = fxparam.explain(model, torch.rand(2, 4))
+        assert explanation.tensors or explanation.unseen == ("layer.weight",)
+        shown = str(explanation)
+        assert explanation.tensors or "In no graph: layer.weight" in shown
+    assert any(
+        "graph_break" in reason for reason in fxparam.explain(Loop(), torch.rand(2, 4)).breaks
+    )
+
+
+def test_functions_leave_nothing_behind_either() -> None:
+    norm, layer = nn.BatchNorm1d(4), spectral_norm(nn.Linear(4, 4))
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = nn.Sequential(layer, norm)
+
+        def step(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    modules = nn.ModuleList([norm, layer])
+    before = {name: value.clone() for name, value in modules.state_dict().items()}
+    fired = []
+    for parameter in modules.parameters():
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    x = torch.randn(3, 4, requires_grad=True)
+    together = functools.partial(nn.Sequential(layer, norm))
+    for model in (lambda x: norm(layer(x)), together, Trainer().step):
+        fxparam.explain(model, x)
+        fxparam.explain(model, x, inductor=model is together)
+        for name, value in modules.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert x.grad is None and all(p.grad is None for p in modules.parameters())
+    assert fired == []
+    assert "_is_torch_compile" not in vars(layer)
+
+
 def test_the_dictionary_is_stable_and_json() -> None:
     found = fxparam.explain(Repeats(weight_norm(nn.Linear(4, 4))), torch.randn(2, 4)).to_dict()
     assert json.loads(json.dumps(found)) == found
@@ -270,6 +369,8 @@ def test_the_dictionary_is_stable_and_json() -> None:
         "saved",
         "scopes",
         "extern_calls",
+        "unseen",
+        "breaks",
     }
     (tensor,) = found["tensors"]
     assert {key: tensor[key] for key in ("name", "kind", "accesses", "runs_before", "runs")} == {
@@ -292,7 +393,7 @@ def test_a_table_needs_no_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_of_any_kind() -> None:
     x = torch.randn(2, 4)
     plain = fxparam.explain(nn.Linear(4, 4), x)
-    assert plain.tensors == () and "Nothing in it" in str(plain)
+    assert plain.tensors == () and "No graph evaluates" in str(plain)
     raw = nn.Parameter(torch.randn(4, 4))
 
     def computed(x: Tensor, *, times: int) -> Tensor:
@@ -338,6 +439,17 @@ def make():
 def function():
     return torch.tanh, torch.ones(2, 4)
 
+def no_names():
+    return Twice(), (), {1: torch.ones(2, 4)}
+
+def stops():
+    raise SystemExit(0)
+
+def raises():
+    def model(x):
+        import nowhere_to_be_found
+    return model, torch.ones(2, 4)
+
 def reserved():
     return Twice(), (), {"scope": 1}
 """
@@ -366,6 +478,9 @@ def test_the_command(module: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["nowhere:make"], "cannot import 'nowhere'"),
         (["{}:reserved"], "inputs may not be named scope"),
         (["{}:function", "--scope", "call"], "--scope call is for modules"),
+        (["{}:no_names"], "must return a model and its inputs"),
+        (["{}:stops"], "failed: SystemExit: 0"),
+        (["{}:make", "--json", "/dev/full"], "No space left on device"),
         (["{}:make", "--html", "no/such/folder.html"], "not a file in a folder that exists"),
     ],
 )
@@ -375,3 +490,8 @@ def test_a_wrong_command_is_a_line_and_code_2(
     assert main(["explain", *(a.format(module) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fxparam explain: ") and line in error and error.count("\n") == 1
+
+
+def test_an_error_of_the_model_is_shown_as_it_is(module: str) -> None:
+    with pytest.raises(ImportError, match="nowhere_to_be_found"):
+        main(["explain", f"{module}:raises"])

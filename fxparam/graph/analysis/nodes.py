@@ -38,6 +38,9 @@ __all__ = [
 
 _LIST = re.compile(rf"(.*\.)?(Parametrized)*{ParametrizationList.__name__}")
 # A list is ``parametrizations.<tensor>`` of the module that has the tensor.
+# A module that a function reads: an argument, a variable around it, a global. Of a model that is
+# compiled, Dynamo says ``fn``.
+_OF_A_FUNCTION = re.compile(r"[LG]\['(?!self'|fn')(\w+)'\]\.parametrizations\.(\w+)")
 # An entry of a dictionary of submodules.
 _ENTRY = re.compile(r"(?:\.|^|(?<=\]))(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _OF_THE_LIST = re.compile(r"(^|\.)parametrizations\.(?=[^.]+$)")
@@ -128,6 +131,9 @@ def _is_list(kind: type | str) -> bool:
 def _readable(path: str) -> str:
     """Return the name of a tensor by the path of its list, as ``cell.weight``."""
     path = module_path(path)
+    read = _OF_A_FUNCTION.fullmatch(path)
+    if read is not None:  # several may have a ``weight``
+        return f"{read[1]}.{read[2]}"
     # Strict export wraps the model, and unwraps the names but for those in bodies.
     path = _OF_THE_LIST.sub(r"\1", path).removeprefix("_export_root.")
     # A function that closes over a module is read through the function.
