@@ -353,6 +353,8 @@ def test_functions_leave_nothing_behind_either() -> None:
         for name, value in modules.state_dict().items():
             assert torch.equal(value, before[name]), name
         assert x.grad is None and all(p.grad is None for p in modules.parameters())
+    fxparam.explain(lambda model, x: model(x), nn.Sequential(layer, norm), x)
+    assert all(torch.equal(v, before[n]) for n, v in modules.state_dict().items())
     assert fired == []
     assert "_is_torch_compile" not in vars(layer)
 
