@@ -129,13 +129,15 @@ def break_behind(gm: torch.fx.GraphModule) -> tuple[str, tuple[tuple[str, int], 
     return reason.reason, frames
 
 
-def breaks_counted() -> tuple[str, ...]:
-    """Return the reasons of graph breaks since the last ``torch.compiler.reset()``.
+def breaks_counted() -> dict[str, int]:
+    """Return the reasons of graph breaks in this process, each with their number.
 
     Those of frames that Dynamo then left to eager mode are among them, of which there is no graph.
     """
-    counted: Any = lookup("torch._dynamo.utils", "counters")["graph_break"]
-    return tuple(counted)
+    counters: Any = lookup("torch._dynamo.utils", "counters")
+    counted = {**counters["graph_break"], **counters["unimplemented"]}
+    # A break while a break is handled: the last is the one that left no graph.
+    return {reason.rpartition("occurred: ***")[2]: number for reason, number in counted.items()}
 
 
 def compilation() -> object:

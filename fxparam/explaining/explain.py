@@ -74,6 +74,7 @@ def explain(
         if inductor:
             generated = stack.enter_context(generated_code())
         stack.enter_context(_as_before(roots, inputs))
+        before = breaks_counted()
         recorder = Recorder("inductor" if inductor else "eager")
         models = () if isinstance(model, nn.Module) or scope not in SCOPES else roots
         compiled = compile_in_scope(model, scope=scope, models=models, backend=recorder)
@@ -82,7 +83,7 @@ def explain(
             run(Example(model, args, kwargs), compiled, list(trained.values()))
         else:
             compiled(*args, **kwargs)
-        breaks = breaks_counted()
+        breaks = [reason for reason, n in breaks_counted().items() if n > before.get(reason, 0)]
     calls = extern_calls(generated) if inductor else None
     return recorder.explanation(scope, roots, breaks, calls)
 

@@ -341,7 +341,7 @@ def test_a_tensor_keeps_its_name_where_traced_code_changes_its_module() -> None:
     torch.compile(run, backend=fx)(model, torch.ones(1, 4))
     (entry,) = fx.last_report.entries
     assert (entry.name, entry.kind, entry.runs_before, entry.runs) == (
-        "weight",
+        "model.weight",
         ("_WeightNorm",),
         2,
         1,
