@@ -25,13 +25,13 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def placed(value: Tensor, mesh: Any, placements: Any) -> Tensor:
+def placed(value: Any, mesh: Any, placements: Any) -> Tensor:
     """Return a value as a ``DTensor``. One that is none is whole, and the same on all ranks."""
     if not is_dtensor(value):
         tensor = sys.modules["torch.distributed.tensor"]
         everywhere = [tensor.Replicate()] * mesh.ndim
         value = tensor.DTensor.from_local(value, mesh, everywhere, run_check=False)
-    found: Tensor = value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    found: Tensor = value.redistribute(mesh, placements)
     return found
 
 

@@ -112,8 +112,7 @@ def code_behind_a_break(code: types.CodeType | None) -> types.CodeType | None:
 
 def ends_with_a_break(gm: torch.fx.GraphModule) -> bool:
     """Check whether the code goes on behind a graph that Dynamo has captured."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return bool(getattr(reason, "graph_break", False))
+    return break_behind(gm) is not None
 
 
 def break_behind(gm: torch.fx.GraphModule) -> tuple[str, tuple[tuple[str, int], ...]] | None:

@@ -127,13 +127,22 @@ def _values(tensor: Tensor) -> Callable[[], None]:
         with torch.no_grad():
             if _place(tensor) != _place(alias):
                 tensor.data = alias
-            # Batch norm writes its buffers without a new version.
-            if version_of(tensor) != version or not torch.equal(tensor, saved):
+            if version_of(tensor) != version or _was_written_unseen(tensor, saved):
                 tensor.copy_(saved)
             if tensor.requires_grad != asks:
                 tensor.detach_().requires_grad_(asks)
 
     return restore
+
+
+def _was_written_unseen(tensor: Tensor, saved: Tensor) -> bool:
+    """Check whether a buffer has other values: batch norm writes its own without a new version.
+
+    Parameters and wrappers are no running statistics. To compare a ``DTensor`` is a collective, and
+    a tensor of the meta device has no values.
+    """
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    return plain and not torch.equal(tensor, saved)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -1,1 +1,1 @@
-"""What happened to a model, for people: what was shared, what was generated."""
+"""Shows people what happened to a model: what was shared, and what code was generated."""

@@ -1,4 +1,4 @@
-"""What a user can change so that an evaluation that was refused is shared."""
+"""Says for each rule how to change code so that it no longer forbids to share."""
 
 from __future__ import annotations
 

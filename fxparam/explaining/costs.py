@@ -1,4 +1,4 @@
-"""What an evaluation costs: floating-point operations and bytes, forward and backward."""
+"""Counts the floating-point operations and bytes of an evaluation, forward and backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Cost:
-    """What something takes, computed from shapes.
+    """Floating-point operations and bytes, computed from shapes.
 
     Attributes:
         flops: floating-point operations of matrix products, convolutions and decompositions.

@@ -98,7 +98,7 @@ def example_from(made: Any, source: str) -> Example:
 
 def run(
     example: Example, compiled: Callable[..., Any], trained: Sequence[torch.Tensor] = ()
-) -> bool:
+) -> None:
     """Call a compiled model with an example's inputs, and go backward if it has gradients.
 
     Args:
@@ -106,9 +106,6 @@ def run(
         compiled: the model.
         trained: tensors whose gradients are computed and dropped. Without any, gradients are added
             to those of all tensors that ask for them.
-
-    Returns:
-        Whether there was a backward.
     """
     output = compiled(*example.args, **example.kwargs)
     leaves = [x for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor)]
@@ -117,7 +114,6 @@ def run(
         torch.autograd.grad(losses, trained, allow_unused=True)
     elif losses:
         torch.autograd.backward(losses)
-    return bool(losses)
 
 
 def _are_names(kwargs: Mapping[Any, Any]) -> bool:

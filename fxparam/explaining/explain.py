@@ -85,7 +85,7 @@ def explain(
             compiled(*args, **kwargs)
         breaks = [reason for reason, n in breaks_counted().items() if n > before.get(reason, 0)]
     calls = extern_calls(generated) if inductor else None
-    return recorder.explanation(scope, roots, breaks, calls)
+    return recorder.explanation(scope, roots, isinstance(model, nn.Module), breaks, calls)
 
 
 def _modules_of(model: Any) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""What happened to a model, as it is shown: text, a page, a drawing, a dictionary."""
+"""Shows what happened to a model: as text, a page, a drawing or a dictionary."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Explanation(Explained):
         scopes: scopes that would share more.
         extern_calls: ops that Inductor calls and does not generate, with the number of calls in the
             code; None if Inductor was not asked.
-        unseen: parametrized tensors of the model that no graph evaluates: eager code reads them, or
+        unseen: parametrized tensors of the model that no graph names: eager code reads them, or
             nobody does.
         breaks: reasons of Dynamo's for code that it left to eager mode, without a graph.
     """

@@ -1,4 +1,4 @@
-"""What happened to a model, as plain data."""
+"""Holds what happened to a model, as plain data."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class RefusalExplained:
     count: int
     where: tuple[str, ...]
     change: str
+
+    def __str__(self) -> str:
+        rule = "not worthwhile" if self.number is None else f"rule {self.number}"
+        return f"{self.count} refused by {rule}, {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -132,19 +136,7 @@ class Scope:
 
 @dataclass(frozen=True, repr=False)
 class Explained:
-    """What happened to a model.
-
-    Attributes:
-        scope: the scope it was compiled in.
-        graphs: one for each graph of one call, in the order of their compilation.
-        tensors: one for each tensor and value that was shared, refused or named.
-        scopes: scopes that would share more.
-        extern_calls: ops that Inductor calls and does not generate, with the number of calls in the
-            code; None if Inductor was not asked.
-        unseen: parametrized tensors of the model that no graph evaluates: eager code reads them, or
-            nobody does.
-        breaks: reasons of Dynamo's for code that it left to eager mode, without a graph.
-    """
+    """The data of an ``Explanation``, which says what they are."""
 
     scope: str
     graphs: tuple[GraphExplained, ...]
@@ -167,3 +159,12 @@ class Explained:
                 forward += each.forward * each.saved
                 backward += each.backward * each.saved
         return forward, backward
+
+    @property
+    def not_in_saved(self) -> tuple[str, ...]:
+        """Tensors with fewer evaluations, or a number not known, of which no cost is known."""
+        return tuple(
+            each.name
+            for each in self.tensors
+            if each.kind and each.saved != 0 and None in (each.saved, each.forward)
+        )

@@ -127,18 +127,15 @@ def _row(i: int, tensor: TensorExplained) -> str:
     kind = " → ".join(tensor.kind)
     notes = [html.escape(line) for line in done(tensor)]
     for each in tensor.refused:
-        rule = "not worthwhile" if each.number is None else f"rule {each.number}"
         places = ", ".join(f"<code>{html.escape(near(place))}</code>" for place in each.where)
         notes.append(
-            f'<div class="refused">{each.count} refused by <b>{rule}</b>, '
-            f"{html.escape(each.reason)} {places}<br>"
+            f'<div class="refused">{html.escape(str(each))} {places}<br>'
             f'<span class="soft">To change: {html.escape(each.change)}</span></div>'
         )
     cost = "" if tensor.forward is None else counted(tensor.forward.flops)
     back = "" if tensor.backward is None else counted(tensor.backward.flops)
-    hue = round((i * 137.5 + 210) % 360)
     return (
-        f'<tr data-t="{i}" tabindex="0"><td><span class="dot" style="--hue:{hue}"></span>'
+        f'<tr data-t="{i}" tabindex="0"><td><span class="dot"></span>'
         f"<code>{html.escape(tensor.name)}</code></td><td>{html.escape(kind)}</td>"
         f'<td class="n">{tensor.accesses}</td><td class="n">{before}</td>'
         f'<td class="n">{now}</td><td class="n">{cost}</td><td class="n">{back}</td>'

@@ -17,7 +17,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxparam.graph.analysis.bodies import Call, call_of
-from fxparam.graph.analysis.derived import is_parameter
 from fxparam.graph.analysis.nodes import (
     body_of,
     module_path,
@@ -48,7 +47,6 @@ class Operation:
         where: the lines of code that led to it, outermost first, as ``file:line``.
         inputs: indices of operations whose results it takes.
         tensor: the parametrized tensor that it evaluates, if it does.
-        parameter: whether it is a parameter or a buffer.
     """
 
     name: str
@@ -57,7 +55,6 @@ class Operation:
     where: tuple[str, ...]
     inputs: tuple[int, ...]
     tensor: str = ""
-    parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def picture(gm: GraphModule, *, in_front: Container[str] = ()) -> Picture:
             evaluation stands in the first of the loop's steps, and serves them all.
     """
     painter = _Painter(in_front)
-    blocks = painter.blocks_of(gm, {})
+    blocks, _ = painter.blocks_of(gm, {})
     return Picture(tuple(painter.operations), blocks)
 
 
@@ -146,8 +143,10 @@ class _Painter:
         self.operations: list[Operation] = []
         self._in_front = in_front
 
-    def blocks_of(self, gm: GraphModule, given: dict[Node, int]) -> tuple[Block, ...]:
-        """Return the blocks of a graph.
+    def blocks_of(
+        self, gm: GraphModule, given: dict[Node, int]
+    ) -> tuple[tuple[Block, ...], list[int]]:
+        """Return the blocks of a graph, and the operations whose results it returns.
 
         Args:
             gm: the graph.
@@ -180,7 +179,8 @@ class _Painter:
         made = [b if isinstance(b, Block) else self._block(*b) for b in blocks]
         # The order of the others stays: sorting is stable.
         made.sort(key=lambda b: 2 - (b.kind == "inputs") * 2 - (b.tensor in self._in_front))
-        return _folded(made)
+        returned = gm.graph.output_node().all_input_nodes
+        return _folded(made), [index[node] for node in returned if node in index]
 
     def _body(self, node: Node, call: Call, index: dict[Node, int]) -> Block:
         """Return the block of a call that runs bodies."""
@@ -193,11 +193,9 @@ class _Painter:
                 for placeholder, operand in zip(body.placeholders, operands, strict=False)
                 if isinstance(operand, Node) and operand in index
             }
-            start = len(self.operations)
-            inner += self.blocks_of(body.module, given)
-            names = {node.name for node in body.module.graph.output_node().all_input_nodes}
-            made = enumerate(self.operations[start:], start)
-            results += [i for i, each in made if each.name in names]
+            blocks, returned = self.blocks_of(body.module, given)
+            inner += blocks
+            results += returned
         index[node] = self._add(node, results)
         inner.append(Block("results", "part", (index[node],)))
         times = call.iterations
@@ -214,7 +212,6 @@ class _Painter:
                 tuple(_lines_of(node)),
                 tuple(dict.fromkeys(inputs)),
                 evaluated[1] if evaluated is not None and node.op.startswith("call") else "",
-                node.op in ("placeholder", "get_attr") and is_parameter(node),
             )
         )
         return len(self.operations) - 1

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxparam._torch.dynamo import break_behind
 from fxparam.compiling.backend import Backend
-from fxparam.eager.register import is_parametrized
+from fxparam.eager.classes import chains_of
 from fxparam.explaining.advice import change_for
 from fxparam.explaining.costs import Cost, cost_of, key_of
 from fxparam.explaining.explanation import Explanation
@@ -103,10 +103,19 @@ class Recorder(Backend):
         self,
         scope: str,
         roots: Sequence[nn.Module],
+        named_by_root: bool,
         breaks: Sequence[str],
         calls: dict[str, int] | None,
     ) -> Explanation:
-        """Return what was seen."""
+        """Return what was seen.
+
+        Args:
+            scope: the one it was compiled in.
+            roots: modules of the model.
+            named_by_root: names in graphs begin at the one root, else at a variable of a function.
+            breaks: reasons of breaks in the call.
+            calls: ops that Inductor calls.
+        """
         graphs = tuple(
             GraphExplained(
                 graph.before,
@@ -118,7 +127,9 @@ class Recorder(Backend):
         )
         names = dict.fromkeys(e.name for graph in self._graphs for e in graph.report.entries)
         tensors = tuple(self._tensor(name, in_region=scope != "graph") for name in names)
-        unseen = tuple(name for name in _parametrized(roots) if not _is_among(name, names))
+        unseen = tuple(
+            name for name in _parametrized(roots) if not _is_among(name, names, named_by_root)
+        )
         known = {each.end.reason for each in graphs if each.end is not None}
         left = tuple(dict.fromkeys(map(_first_line, breaks)).keys() - known)
         return Explanation(
@@ -172,14 +183,13 @@ def _times(runs: int | None, calls: int) -> int | None:
 def _parametrized(roots: Sequence[nn.Module]) -> Iterator[str]:
     """Yield the names of the parametrized tensors of modules."""
     for root in roots:
-        for name, module in root.named_modules():
-            if is_parametrized(module):
-                yield from (f"{name}.{each}".strip(".") for each in module.parametrizations)
+        for path, module in root.named_modules():
+            yield from (f"{path}.{name}".strip(".") for name in chains_of(module) or ())
 
 
-def _is_among(name: str, names: Collection[str]) -> bool:
-    """Check whether a tensor is among those of graphs, which may have a prefix or none."""
-    return any(each == name or each.endswith(f".{name}") for each in names)
+def _is_among(name: str, names: Collection[str], named_by_root: bool) -> bool:
+    """Check whether a tensor is among those of graphs."""
+    return name in names or not named_by_root and any(e.endswith(f".{name}") for e in names)
 
 
 def _sum(numbers: Iterator[int | None]) -> int | None:

@@ -33,12 +33,12 @@ def head(explanation: Explained) -> Iterator[str]:
 
 
 def unseen(explanation: Explained) -> Iterator[str]:
-    """Yield what was not in any graph."""
+    """Yield what no graph has."""
     for reason in explanation.breaks:
         yield f"Left to eager mode: {reason}"
     if explanation.unseen:
         names = ", ".join(explanation.unseen)
-        yield f"In no graph: {names}. Eager code reads them, or nobody does."
+        yield f"No graph names {names}: eager code reads them, or nobody does."
 
 
 def _cells(tensor: TensorExplained) -> tuple[str, ...]:
@@ -92,8 +92,7 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 def _refusals(explanation: Explained) -> Iterator[str]:
     for tensor in explanation.tensors:
         for each in tensor.refused:
-            rule = "not worthwhile" if each.number is None else f"rule {each.number}"
-            yield f"{tensor.name}: {each.count} refused by {rule}, {each.reason}"
+            yield f"{tensor.name}: {each}"
             yield from (f"  {near(place)}" for place in each.where)
             yield f"  To change: {each.change}"
 
@@ -103,6 +102,8 @@ def summary(explanation: Explained) -> Iterator[str]:
     forward, backward = explanation.saved
     if forward.bytes or forward.flops:
         yield f"Saved in a call: {_cost(forward)} forward, {_cost(backward)} backward."
+    if explanation.not_in_saved:
+        yield f"Not in these figures, as they are not known: {', '.join(explanation.not_in_saved)}."
     for scope in explanation.scopes:
         yield f"{scope}."
     if explanation.extern_calls is not None:

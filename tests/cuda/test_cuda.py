@@ -15,7 +15,7 @@ import fxparam
 from fxparam.explaining.example import Example
 from fxparam.explaining.generated import count
 from fxparam.explaining.kernels import generated_by
-from tests.triton.cases import CASES, SIZE, Case
+from tests.triton.cases import CASES, SIZE, Case, error, results
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TRAINED = [name for name, case in CASES.items() if case.trains]
@@ -38,29 +38,15 @@ def _input(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(8, SIZE).to("cuda", dtype)
 
 
-def _results(case: Case, model: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
-    if not case.trains:
-        with torch.no_grad():
-            return [run(x)]
-    loss = run(x)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [loss.detach().clone(), *torch.autograd.grad(loss, parameters)]
-
-
-def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    pairs = zip(results, exact, strict=True)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-
-
 def _errors(case: Case, **options: Any) -> tuple[float, float]:
     """Return the errors of the compiled model and of eager, against float64."""
     model, x = _model(case), _input()
     exact_model = copy.deepcopy(model).double()
-    exact = _results(case, exact_model, exact_model, x.double())
+    exact = results(case, exact_model, exact_model, x.double())
     compiled = torch.compile(model, backend="fxparam", fullgraph=True, **options)
-    ours = [_results(case, model, compiled, x) for _ in range(3)]  # CUDA graphs record, then replay
-    eager = _error(_results(case, model, model, x), exact)
-    return max(_error(each, exact) for each in ours), eager
+    ours = [results(case, model, compiled, x) for _ in range(3)]  # CUDA graphs record, then replay
+    eager = error(results(case, model, model, x), exact)
+    return max(error(each, exact) for each in ours), eager
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,11 +78,11 @@ def test_as_exact_under_autocast_to_bfloat16(case: str) -> None:
     model, x = _model(CASES[case]), _input()
     with torch.autocast("cuda", torch.bfloat16):
         compiled = torch.compile(model, backend="fxparam")
-        ours = _results(CASES[case], model, compiled, x)
-        eager = _results(CASES[case], model, model, x)
+        ours = results(CASES[case], model, compiled, x)
+        eager = results(CASES[case], model, model, x)
     exact_model = _model(CASES[case]).double()
-    exact = _results(CASES[case], exact_model, exact_model, x.double())
-    assert _error(ours, exact) <= max(2 * _error(eager, exact), 1e-2)
+    exact = results(CASES[case], exact_model, exact_model, x.double())
+    assert error(ours, exact) <= max(2 * error(eager, exact), 1e-2)
 
 
 @pytest.mark.parametrize("case", ["orthogonal", "weight norm", "LoRA", "batch"])

@@ -135,3 +135,11 @@ def test_buffers_that_ops_write_without_a_new_version_are_left_as_they_were() ->
     fxparam.plain_state_dict(layer)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_models_without_data_have_plain_state_dicts() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(weight_norm(nn.Linear(3, 3)), spectral_norm(nn.Linear(3, 3)).eval())
+    plain = fxparam.plain_state_dict(model)
+    assert set(plain) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert all(value.is_meta for value in plain.values())

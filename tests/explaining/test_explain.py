@@ -236,6 +236,51 @@ def test_costs_are_those_that_eager_counts() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        orthogonal,
+        functools.partial(orthogonal, orthogonal_map="cayley"),
+        functools.partial(orthogonal, orthogonal_map="householder"),
+        weight_norm,
+        spectral_norm,
+    ],
+    ids=["matrix_exp", "cayley", "householder", "weight_norm", "spectral_norm"],
+)
+def test_costs_of_torchs_parametrizations_are_known(parametrize: Callable[..., Any]) -> None:
+    explanation = fxparam.explain(Repeats(parametrize(nn.Linear(6, 6))), torch.randn(2, 6))
+    (tensor,) = explanation.tensors
+    assert tensor.forward is not None and tensor.backward is not None
+    assert tensor.forward.bytes > 0 and tensor.backward.bytes > 0
+    assert explanation.not_in_saved == ()
+
+
+def test_a_saving_that_is_not_known_is_said() -> None:
+    layer = _linear(LowRank(4))
+
+    def model(x: Tensor) -> Tensor:
+        return torch.while_loop(lambda x: x.sum() < 9, lambda x: (layer(x).exp() + 1,), (x,))[0]
+
+    with torch.no_grad():
+        explanation = fxparam.explain(model, torch.ones(1, 4))
+    assert explanation.not_in_saved == ("layer.weight",)
+    assert "not known: layer.weight" in str(explanation)
+
+
+def test_a_tensor_is_not_taken_for_one_whose_name_ends_alike() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"layer": _linear(LowRank(4))})
+            self.layer = _linear(LowRank(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner["layer"](x)
+
+    explanation = fxparam.explain(Both(), torch.ones(1, 4))
+    assert explanation.unseen == ("layer.weight",)
+
+
 def test_ops_that_inductor_calls_are_told_if_asked() -> None:
     model, x = Repeats(_linear(LowRank(4))), torch.randn(2, 4)
     assert fxparam.explain(model, x).extern_calls is None
@@ -324,7 +369,7 @@ def test_what_no_graph_has_is_told() -> None:
         explanation = fxparam.explain(model, torch.rand(2, 4))
         assert explanation.tensors or explanation.unseen == ("layer.weight",)
         shown = str(explanation)
-        assert explanation.tensors or "In no graph: layer.weight" in shown
+        assert explanation.tensors or "No graph names layer.weight" in shown
     assert any(
         "graph_break" in reason for reason in fxparam.explain(Loop(), torch.rand(2, 4)).breaks
     )

@@ -113,10 +113,14 @@ def _example() -> tuple[nn.Module, torch.Tensor]:
 
 def test_a_run_goes_backward_where_there_are_gradients() -> None:
     model, x = _example()
-    assert run(Example(model, (x,)), model)
-    assert model.parametrizations.weight.original0.grad is not None
+    original = model.parametrizations.weight.original0
     with torch.no_grad():
-        assert not run(Example(model, (x,)), model)
+        run(Example(model, (x,)), model)
+    assert original.grad is None
+    run(Example(model, (x,)), model, [original])
+    assert original.grad is None
+    run(Example(model, (x,)), model)
+    assert original.grad is not None
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

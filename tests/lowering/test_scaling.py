@@ -50,12 +50,12 @@ def _exact(a: Tensor) -> Tensor:
 
 
 def _check(matrices: list[Tensor]) -> None:
-    """Errors are at most torch's, in the geometric mean; units in the last place may be luck."""
+    """Errors are at most torch's, in the geometric mean; a unit in the last place may be luck."""
     theirs, ours = (
         torch.tensor([errors(f, _exact, a) for a in matrices]).clamp_min(1e-12).log().mean(0).exp()
         for f in (_exact, op)
     )
-    assert (ours <= (1.3 * theirs).clamp_min(4 * EPS)).all(), (ours, theirs)
+    assert (ours <= (1.3 * theirs).clamp_min(2 * EPS)).all(), (ours, theirs)
 
 
 def _of_norm(norm: float, a: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ def test_skew_matrices_of_large_norm(norm: float) -> None:
 def test_a_batch_of_unlike_norms() -> None:
     torch.manual_seed(0)
     for kind in ("general", "skew"):
-        _check([KINDS[kind](2, 4, 16, 16) * torch.logspace(-6, 0, 8).view(2, 4, 1, 1)])
+        norms = torch.logspace(-6, 0, 8).view(2, 4, 1, 1)
+        _check([KINDS[kind](2, 4, 16, 16) * norms for _ in range(8)])
 
 
 @pytest.mark.parametrize(("dtype", "angle"), [(torch.float32, 0.5), (torch.float64, 0.04)])

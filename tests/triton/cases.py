@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
-__all__ = ["CASES", "SIZE", "Case"]
+__all__ = ["CASES", "SIZE", "Case", "error", "results"]
 
 SIZE = 64
 
@@ -127,3 +127,19 @@ CASES = {
     "scan": _case(Scan, weight_norm, 4, trains=False),
     "batch": _case(Stack, orthogonal, 4),
 }
+
+
+def results(case: Case, model: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
+    """Return the loss, and the gradients of parameters."""
+    if not case.trains:
+        with torch.no_grad():
+            return [run(x)]
+    loss = run(x)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach().clone(), *torch.autograd.grad(loss, parameters)]
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Return the largest error of some results, each as a part of its largest value."""
+    pairs = zip(found, exact, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import fxparam
 from fxparam.explaining.generated import count
-from tests.triton.cases import CASES, SIZE, Case
-from tests.triton.pretended_gpu import Run, for_gpu
+from tests.triton.cases import CASES, SIZE, Case, error, results
+from tests.triton.pretended_gpu import for_gpu
 
 __all__ = ["CONTESTANTS"]
 
@@ -36,16 +35,16 @@ def measured(case: Case, contestant: str, change: Any = lambda source: source) -
     torch.manual_seed(0)
     model = case.model(by_hand=contestant == "by hand")
     x = torch.randn(8, SIZE)
-    eager = _results(case, model, model, x)
-    exact = _results(case, model.double(), model, x.double())
+    eager = results(case, model, model, x)
+    exact = results(case, model.double(), model, x.double())
     model.float()
     torch.compiler.reset()
     with for_gpu(change=change) as run:
         # Inductor takes a scan in a full graph only.
         compiled = torch.compile(model, backend=CONTESTANTS[contestant](), fullgraph=True)
-        error, rounds = 0.0, 0
+        worst, rounds = 0.0, 0
         while rounds < run.configurations or not rounds:
-            error = max(error, _error(_results(case, model, compiled, x), exact))
+            worst = max(worst, error(results(case, model, compiled, x), exact))
             run.next_configuration()
             rounds += 1
     return {
@@ -53,29 +52,10 @@ def measured(case: Case, contestant: str, change: Any = lambda source: source) -
         "fused": [dataclasses.asdict(kernel) for kernel in run.kernels],
         "configurations": rounds,
         "interpreted": run.interpreted,
-        "error": error,
-        "eager_error": _error(eager, exact),
-        "sources": _sources(run),
+        "error": worst,
+        "eager_error": error(eager, exact),
+        "sources": run.sources,
     }
-
-
-def _results(case: Case, model: nn.Module, run: Any, x: Tensor) -> list[Tensor]:
-    """Return the loss, and the gradients of parameters."""
-    if not case.trains:
-        with torch.no_grad():
-            return [run(x)]
-    loss = run(x)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
-
-
-def _error(results: list[Tensor], exact: list[Tensor]) -> float:
-    pairs = zip(results, exact, strict=True)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-
-
-def _sources(run: Run) -> dict[str, str]:
-    return {source: name for source, name in run.sources.items()}
 
 
 def _wrong(source: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.triton.cases import CASES
+
 ROOT = Path(__file__).parents[2]
 #: What tests/triton/pretended_gpu.py leans on.
 SUPPORTED = ("2.13", "3.7")
@@ -41,18 +43,6 @@ FUSED: dict[str, list[set[str]]] = {
     "LoRA": [{"add.Tensor", "mul.Tensor"}],
     "scan": [{"pow.Tensor_Scalar", "sum.dim_IntList"}],
 }
-_CASES = (
-    "orthogonal",
-    "weight norm",
-    "ternary",
-    "LoRA",
-    "spectral norm",
-    "softplus",
-    "symmetric",
-    "mask",
-    "scan",
-    "batch",
-)
 
 
 def _reason() -> str | None:
@@ -134,7 +124,7 @@ def _runs(seen: dict[str, Any]) -> float:
     return float(seen["interpreted"] / seen["configurations"])
 
 
-@pytest.mark.parametrize("case", _CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_kernels_are_those_of_by_hand_and_right(case: str, tmp_path: Path) -> None:
     if case not in SLICE and not os.environ.get("FXPARAM_TRITON"):
         pytest.skip("one of make triton's")

@@ -150,6 +150,7 @@ document.addEventListener("keydown", (e) => {
     e.preventDefault();
   }
 });
+document.querySelectorAll(".dot").forEach((dot, i) => dot.setAttribute("style", colour(i)));
 if (data.graphs.length) {
   draw();
   zoom(Math.min(1, Math.max(0.6, (panel.clientWidth - 4) / panel.querySelector("svg").viewBox.baseVal.width)));

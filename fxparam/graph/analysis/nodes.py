@@ -37,12 +37,12 @@ __all__ = [
 
 
 _LIST = re.compile(rf"(.*\.)?(Parametrized)*{ParametrizationList.__name__}")
-# A list is ``parametrizations.<tensor>`` of the module that has the tensor.
 # A module that a function reads: an argument, a variable around it, a global. Of a model that is
 # compiled, Dynamo says ``fn``.
 _OF_A_FUNCTION = re.compile(r"[LG]\['(?!self'|fn')(\w+)'\]\.parametrizations\.(\w+)")
 # An entry of a dictionary of submodules.
 _ENTRY = re.compile(r"(?:\.|^|(?<=\]))(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
+# A list is ``parametrizations.<tensor>`` of the module that has the tensor.
 _OF_THE_LIST = re.compile(r"(^|\.)parametrizations\.(?=[^.]+$)")
 
 
