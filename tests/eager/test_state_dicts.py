@@ -121,15 +121,16 @@ def test_what_is_no_module_is_refused() -> None:
             function(torch.ones(1))
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
 def test_buffers_that_ops_write_without_a_new_version_are_left_as_they_were() -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(x)
-
     layer = fxparam.register_parametrization(nn.Linear(3, 3), "weight", Normed())
     before = copy.deepcopy(layer.state_dict())
     fxparam.plain_state_dict(layer)
@@ -139,7 +140,8 @@ def test_buffers_that_ops_write_without_a_new_version_are_left_as_they_were() ->
 
 def test_models_without_data_have_plain_state_dicts() -> None:
     with torch.device("meta"):
-        model = nn.Sequential(weight_norm(nn.Linear(3, 3)), spectral_norm(nn.Linear(3, 3)).eval())
+        normed = fxparam.register_parametrization(nn.Linear(3, 3), "weight", Normed())
+        model = nn.Sequential(weight_norm(nn.Linear(3, 3)), normed)
     plain = fxparam.plain_state_dict(model)
     assert set(plain) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert all(value.is_meta for value in plain.values())
