@@ -51,8 +51,7 @@ def check_evaluations_are_shared_across_buckets() -> None:
         for region in ("none", "inside", "around"):
             step = _step(kind, region)
             assert step.evaluations == (2, 2), (kind, region, step)
-            # One for each bucket. A region around the step brings gradients in another order, by
-            # which DDP fills buckets anew after the first step.
+            # One for each bucket that DDP fills after the first step.
             buckets = 3 if region == "around" else 4
             assert step.collectives["all_reduce"] == buckets, (kind, region, step)
 
