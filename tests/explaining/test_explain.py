@@ -259,7 +259,10 @@ def test_a_saving_that_is_not_known_is_said() -> None:
     layer = _linear(LowRank(4))
 
     def model(x: Tensor) -> Tensor:
-        return torch.while_loop(lambda x: x.sum() < 9, lambda x: (layer(x).exp() + 1,), (x,))[0]
+        def grow(x: Tensor) -> tuple[Tensor]:
+            return (x + layer(x).abs() + 1,)
+
+        return torch.while_loop(lambda x: x.sum() < 9, grow, (x,))[0]
 
     with torch.no_grad():
         explanation = fxparam.explain(model, torch.ones(1, 4))
