@@ -11,17 +11,14 @@ this: one thread, the fastest of many runs.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import peak
+from benchmarks.timing import fastest
 from fxparam.lowering.householder import compact_wy
 
 __all__ = ["OPS", "main", "memory", "times"]
@@ -80,17 +77,7 @@ def times(op: Callable[[Tensor], Tensor], side: int, count: int) -> tuple[float,
     def batched() -> None:
         torch.autograd.grad(torch.unbind(op(torch.stack(originals))), originals, gradients)
 
-    return _fastest(one_by_one), _fastest(batched)
-
-
-def _fastest(run: Callable[[], None], seconds: float = 0.5) -> float:
-    run()
-    found, end = [], time.perf_counter() + seconds
-    while len(found) < 5 or (len(found) < 60 and time.perf_counter() < end):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found) * 1e3
+    return fastest(one_by_one, 0.5), fastest(batched, 0.5)
 
 
 def memory(op: Callable[[Tensor], Tensor], side: int = 64, count: int = 16) -> tuple[float, float]:
@@ -102,20 +89,8 @@ def memory(op: Callable[[Tensor], Tensor], side: int = 64, count: int = 16) -> t
         with torch.no_grad():
             op(x)
 
-    peaks = (_peak(lambda: torch.autograd.grad(op(x), x, gradient)), _peak(without))
-    return peaks[0] / (4 * x.numel()), peaks[1] / (4 * x.numel())
-
-
-def _peak(run: Callable[[], object]) -> int:
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    return max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
+    both, forward = peak(lambda: torch.autograd.grad(op(x), x, gradient)), peak(without)
+    return both / (4 * x.numel()), forward / (4 * x.numel())
 
 
 def main(names: list[str]) -> None:

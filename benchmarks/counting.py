@@ -7,13 +7,16 @@ what uses it cannot; it may share the op, or fold it into a constant, as it may 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 
-__all__ = ["COUNTS", "count_evaluations"]
+__all__ = ["COUNTS", "count_evaluations", "partitioned"]
 
 COUNTS = {"forward": 0, "backward": 0}
 
@@ -54,3 +57,14 @@ def count_evaluations(model: nn.Module) -> None:
             for name in list(module.parametrizations):
                 # Unsafe: the check would evaluate, which may have effects.
                 parametrize.register_parametrization(module, name, _Counting(), unsafe=True)
+
+
+def partitioned(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """Compile without code generation: with Inductor's partitioner, which merges and recomputes.
+
+    With Inductor's decompositions too (``aot_eager_decomp_partition``) masks are made of integers
+    that eager code cannot make.
+    """
+    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=partition)
+    return backend(gm, inputs)

@@ -1,7 +1,5 @@
 """Step times of one recurrent model on two ranks: alone, and in ``DistributedDataParallel``.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.distributed
-
 Each rank trains on one thread. The model has orthogonal weights that each of its steps reads. Ways
 take turns, and what is printed is the median of each, of the slower rank: the model alone on each
 rank plus the reductions of its gradients, and the model in DDP, with several buckets.
@@ -9,12 +7,18 @@ rank plus the reductions of its gradients, and the model in DDP, with several bu
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import orthogonal
 
 import fxparam
+from benchmarks.process import ROOT
 
-__all__ = ["main"]
+__all__ = ["measure", "rows"]
 
 
 class Recurrent(nn.Module):
@@ -84,20 +89,13 @@ def _ways(width: int, steps: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the medians of each way, in milliseconds and as multiples of the first."""
-    parser = argparse.ArgumentParser(prog="-m benchmarks.distributed")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+def measure(width: int = 256, steps: int = 16, rounds: int = 15) -> dict[str, float]:
+    """Return the median seconds of each way, of the slower rank; runs on each rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ways = _ways(options.width, options.steps)
+    ways = _ways(width, steps)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for round in range(options.rounds + 2):
+    for round in range(rounds + 2):
         for name, run in ways.items():
             dist.barrier()
             start = time.perf_counter()
@@ -106,13 +104,26 @@ def main(arguments: list[str] | None = None) -> None:
             dist.all_reduce(elapsed, dist.ReduceOp.MAX)
             if round > 1:
                 times[name].append(float(elapsed))
-    if dist.get_rank() == 0:
-        first = statistics.median(times["fxparam, alone and reduced"])
-        for name, found in times.items():
-            median = statistics.median(found)
-            print(f"| {name} | {median * 1e3:.1f} ms | {median / first:.2f} |", flush=True)
     dist.destroy_process_group()
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def rows(limit: float) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *run, "-m", "benchmarks.distributed", str(output)]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        if not output.exists():
+            yield {"error": told.stderr.strip().splitlines()[-1]}
+            return
+        found = json.loads(output.read_text())
+    yield from ({"way": name, "step": seconds} for name, seconds in found.items())
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    measured = json.dumps(measure())
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1]).write_text(measured)

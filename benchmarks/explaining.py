@@ -1,51 +1,45 @@
-"""How long an explanation takes, as a multiple of capture and passes alone.
-
-``python -m benchmarks.explaining``: the models of the recorded pages, medians of turns.
-"""
+"""How long an explanation takes, as a multiple of capture and passes alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import fxparam
+from benchmarks.process import call
 from docs.tools import models
+
+__all__ = ["measure", "rows"]
 
 _TURNS = 7
 
 
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def measure(name: str) -> dict[str, Any]:
+    """Return the median seconds of both, for a model of the recorded pages."""
+    model, inputs = getattr(models, name)()
+
+    def capture() -> None:
+        torch.compiler.reset()
+        torch.compile(model, backend=fxparam.backend("eager"))(inputs)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "capture": capture,
+        "explain": lambda: fxparam.explain(model, inputs),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(_TURNS + 1):
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run()
+            times[way].append(time.perf_counter() - start)
+    # The first turn warms up.
+    return {way: statistics.median(seconds[1:]) for way, seconds in times.items()}
 
 
-def main() -> None:
+def rows(limit: float) -> Iterator[dict[str, Any]]:
     for name in ("vocoder", "transformer", "rnn"):
-        model, inputs = getattr(models, name)()
-
-        def capture(model: Any = model, inputs: Any = inputs) -> None:
-            torch.compiler.reset()
-            torch.compile(model, backend=fxparam.backend("eager"))(inputs)
-
-        def explain(model: Any = model, inputs: Any = inputs) -> None:
-            fxparam.explain(model, inputs)
-
-        times: dict[str, list[float]] = {"capture": [], "explain": []}
-        for turn in range(_TURNS + 1):  # the first warms up
-            for key, function in (("capture", capture), ("explain", explain)):
-                seconds = _seconds(function)
-                if turn:
-                    times[key].append(seconds)
-        captured, explained = (statistics.median(each) for each in times.values())
-        print(
-            f"{name:12} {captured:.2f} s, explained {explained:.2f} s: {explained / captured:.2f}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        yield {"model": name} | call("benchmarks.explaining:measure", limit, name=name)

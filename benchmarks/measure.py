@@ -1,109 +1,197 @@
-"""The instruments: a clock, and a record of what a compilation made."""
+"""One case: its contestants compiled, checked, measured, and timed in turns, in one process.
+
+A contestant is compiled with caches of its own, in which is nothing. Then it is checked against
+eager, and its memory is measured. All that are right take turns: a noisy machine is noisy for all
+of them. Last, evaluations are counted in another program, which is not timed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import random
+import statistics
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch.utils.benchmark import Timer
 
-from benchmarks.programs import Program
+from benchmarks.cases import CASES, Case, Size
+from benchmarks.check import Expected, check, expected_of, outcome_of, outcomes_of
+from benchmarks.contestants import BY_HAND, CONTESTANTS, Contestant
+from benchmarks.counting import COUNTS
+from benchmarks.memory import peak
+from benchmarks.programs import Program, Setting, program
 
-__all__ = [
-    "Compilation",
-    "compilation",
-    "graphs_captured",
-    "timed_step",
-]
+__all__ = ["first_line", "measure"]
 
+Row = dict[str, Any]
 
-def timed_step(program: Program) -> tuple[float, float | None]:
-    """Seconds of one step, and of its forward if the step has one that ends."""
-    program.reset()
-    return (_timed_on_cuda if program.setting.device == "cuda" else _timed_on_cpu)(program)
-
-
-def _timed_on_cpu(program: Program) -> tuple[float, float | None]:
-    middle: list[float] = []
-    start = time.perf_counter()
-    program.step(lambda: middle.append(time.perf_counter()))
-    end = time.perf_counter()
-    return end - start, middle[0] - start if middle else None
+_SLOW, _SLOW_ROUNDS = 5.0, 5  # times as long as by hand; the rounds of those
 
 
-def _timed_on_cuda(program: Program) -> tuple[float, float | None]:
-    """By events on the stream: waiting in the middle would take the overlap of the halves away."""
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    halves: list[None] = []
+def measure(
+    case: str,
+    names: list[str],
+    size: dict[str, int],
+    setting: dict[str, str],
+    rounds: int,
+    code: str | None = None,
+) -> list[Row]:
+    """Return a row for each contestant: its figures, or an ``error`` in one line.
 
-    def forward_done() -> None:
-        middle.record()
-        halves.append(None)
-
-    torch.cuda.synchronize()
-    start.record()
-    program.step(forward_done)
-    end.record()
-    end.synchronize()
-    forward = start.elapsed_time(middle) / 1e3 if halves else None
-    return start.elapsed_time(end) / 1e3, forward
-
-
-@dataclass
-class Compilation:
-    """Attributes:
-    graphs: that Inductor was given.
-    nodes: in these graphs, the bodies of higher-order ops included.
-    kernels: that it generated; calls of library functions are not among them.
-    code: that it generated, a text for each graph.
+    Args:
+        rounds: timed steps of each; of those that take far longer than by hand, a few.
+        code: a folder, to keep the generated code in.
     """
+    torch.backends.cudnn.allow_tf32 = False  # convolutions as precise as matrix products
+    it = _Case(CASES[case], Size(**size), Setting(**setting))
+    _wake(it)
+    programs, rows = {}, {}
+    order = random.Random(0).sample(names, len(names))
+    for name in order:
+        try:
+            programs[name], rows[name] = it.compiled(CONTESTANTS[name], code)
+        except Exception as error:
+            rows[name] = {"error": first_line(error)}
+    for name, seconds in _in_turns(programs, rounds).items():
+        rows[name].update(seconds)
+    for name, made in programs.items():
+        try:
+            made.restart()
+            check([outcome_of(made)], it.expected(CONTESTANTS[name].shares_effects()))
+        except Exception as error:
+            rows[name] = {"error": f"once it was timed: {first_line(error)}"}
+        else:
+            rows[name]["evaluations"] = it.counted(CONTESTANTS[name])
+    where = {"case": case, "grows": it.case.grows, "value": it.case.knob(it.size)}
+    another = {name: CONTESTANTS[name].is_another_program(it.case) for name in names}
+    return [where | {"contestant": n, "another": another[n]} | rows[n] for n in names]
 
-    graphs: int = 0
-    nodes: int = 0
-    kernels: int = 0
-    code: list[str] = field(default_factory=list)
+
+class _Case:
+    """A case at a size, in a setting."""
+
+    def __init__(self, case: Case, size: Size, setting: Setting) -> None:
+        self.case, self.size, self.setting = case, size, setting
+        self.expected: Callable[[bool], Expected] = cache(
+            lambda sharing: expected_of(case, size, setting, sharing=sharing)
+        )
+
+    def compiled(self, contestant: Contestant, code: str | None) -> tuple[Program, Row]:
+        """Return a program whose results are eager's, and its figures but for its time."""
+        made = program(self.case, contestant, self.size, self.setting)
+        gc.collect()
+        gc.freeze()  # compilers leave a lot, through which Python's collector would go each time
+        # Not deleted: what was loaded from there is read when it first runs.
+        with fresh_cache(delete=False), _seen() as seen:
+            start = time.perf_counter()
+            first = outcome_of(made)  # on the CPU, hence finished on every device
+            elapsed = time.perf_counter() - start
+        check(outcomes_of(made, first), self.expected(contestant.shares_effects()))
+        made.step()  # after which no value is left of other parameters
+        made.model.zero_grad(set_to_none=True)
+        row: Row = {"memory": peak(made.step, self.setting.device)}
+        if contestant.compiler is not None:
+            again = statistics.median(_timer(made).timeit(1).mean for _ in range(3))
+            row |= {"compile": max(0.0, elapsed - again), **seen}
+        if code is not None and row.get("code"):
+            name = f"{self.case.name}-{contestant.name}-{self.setting.dtype}.py.txt"
+            Path(code, name).write_text("\n\n# ---- next graph ----\n\n".join(row["code"]))
+        row.pop("code", None)
+        return made, row
+
+    def counted(self, contestant: Contestant) -> list[int] | None:
+        """Return the evaluations of one step, forward and backward; None where it is frozen."""
+        if contestant.freezing or contestant.source == "plain":
+            return None
+        counting = program(self.case, contestant, self.size, self.setting, counting=True)
+        counting.step()
+        COUNTS.update(forward=0, backward=0)
+        counting.step()
+        return [COUNTS["forward"], COUNTS["backward"]]
 
 
 @contextlib.contextmanager
-def compilation() -> Iterator[Compilation]:
+def _seen() -> Iterator[Row]:
     """Record what Inductor is given and makes, whichever backend calls it."""
-    from torch._inductor import compile_fx as inductor
     from torch._inductor import metrics
     from torch._inductor.graph import GraphLowering
 
-    seen, depth, original = Compilation(), 0, inductor.compile_fx
-
-    def recording(model: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
-        if depth == 0:  # it calls itself with its configuration applied
-            seen.graphs += 1
-            seen.nodes += _nodes(model)
-        depth += 1
-        try:
-            return original(model, *args, **kwargs)
-        finally:
-            depth -= 1
-
-    before = metrics.generated_kernel_count
-    with (
-        mock.patch.object(inductor, "compile_fx", recording),
-        mock.patch.object(GraphLowering, "save_output_code", seen.code.append),
-    ):
+    code: list[str] = []
+    seen: Row = {"code": code}
+    graphs, kernels = counters["stats"]["unique_graphs"], metrics.generated_kernel_count
+    with mock.patch.object(GraphLowering, "save_output_code", code.append):
         yield seen
-    seen.kernels = metrics.generated_kernel_count - before
+    seen["graphs"] = counters["stats"]["unique_graphs"] - graphs
+    seen["kernels"] = metrics.generated_kernel_count - kernels
 
 
-def graphs_captured() -> int:
-    """How many graphs Dynamo has given to any backend in this process."""
-    return int(counters["stats"]["unique_graphs"])
+def _timer(made: Program) -> Timer:
+    """Each measurement is of one step that follows two of its own."""
+    names = {"step": made.step}
+    return Timer("step()", globals=names, num_threads=torch.get_num_threads())
 
 
-def _nodes(model: Any) -> int:
-    modules = [model, *model.modules()] if isinstance(model, torch.nn.Module) else []
-    graphs = {id(m.graph): m.graph for m in modules if isinstance(m, torch.fx.GraphModule)}
-    return sum(len(graph.nodes) for graph in graphs.values())
+def _in_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, Row]:
+    """Return the seconds of each program's steps, or that it compiled again.
+
+    The order changes from round to round: in a fixed one two programs with the same kernels
+    differed by 15 %, always the same way.
+    """
+    timers = {name: _timer(made) for name, made in programs.items()}
+    found: dict[str, Row] = {name: {"steps": []} for name in programs}
+    order, turns = random.Random(0), list(programs)
+    gc.freeze()
+    for i in range(rounds):
+        if i == _SLOW_ROUNDS and BY_HAND in turns:
+            limit = _SLOW * statistics.median(found[BY_HAND]["steps"])
+            turns = [n for n in turns if statistics.median(found[n].get("steps", [0])) <= limit]
+        gc.collect()
+        order.shuffle(turns)
+        for name in turns:
+            graphs = counters["stats"]["unique_graphs"]
+            seconds = timers[name].timeit(1).mean
+            if counters["stats"]["unique_graphs"] != graphs:
+                found[name] = {"error": "recompiled while timed"}
+            if "steps" in found[name]:
+                found[name]["steps"].append(seconds)
+    gc.unfreeze()
+    return found
+
+
+class _Small(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv1d(x[None], torch.linalg.solve(x @ x, x)[None]).tanh()
+
+
+def _wake(it: _Case) -> None:
+    """Use compilers and libraries once: what first uses cost is no program's compile time.
+
+    On another model: Dynamo would take the sizes of one it has seen with others to be dynamic.
+    """
+    x = torch.eye(2, device=it.setting.device, requires_grad=True)
+    for backend in ("inductor", "fxparam"):
+        torch.compile(_Small(), backend=backend)(x).sum().backward()
+    if it.case.exported:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            exported = torch.export.export(nn.Tanh(), (x,), strict=False)
+            path = str(Path(folder) / "wake.pt2")
+            package = torch._inductor.aoti_compile_and_package(exported, package_path=path)
+            torch._inductor.aoti_load_package(package)(x)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of what it says, of what a backend wraps."""
+    error = getattr(error, "inner_exception", None) or error
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {said[0]}"[:120] if said else type(error).__name__

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch.nn.utils import parametrize
 import fxparam
 from benchmarks.cases.case import Case, Inputs, Run, Size, Step
 from benchmarks.contestants import Contestant
-from benchmarks.counting import count_evaluations
+from benchmarks.counting import count_evaluations, partitioned
 
-__all__ = ["Program", "Setting", "inputs_of", "program", "reference"]
+__all__ = ["Program", "Setting", "program", "reference"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Program:
     Attributes:
         plain: whether the parametrizations were removed from the model.
         fixed: whether by design it runs with weights of its own, not the model's parameters as
-            they are then: frozen, plain, in a package, JAX's.
+            they are then: frozen, plain, in a package.
         once: whether only its first step is also the others': plain, where evaluations have effects
             and with them other values in the next step.
     """
@@ -62,40 +62,26 @@ class Program:
     fixed: bool = False
     once: bool = False
 
-    def give(self, inputs: Inputs) -> None:
-        """Let the steps to come have these inputs."""
-        self.inputs = inputs
+    def __post_init__(self) -> None:
+        self._buffers = {name: t.clone() for name, t in self.model.named_buffers()}
 
-    def reset(self) -> None:
+    def restart(self) -> None:
+        """Give the buffers their first values: the next step is the first one again."""
+        with torch.no_grad():
+            for name, t in self.model.named_buffers():
+                t.copy_(self._buffers[name])
+
+    def step(self) -> list[Tensor]:
         self.model.zero_grad(set_to_none=True)
-
-    def step(self, forward_done: Callable[[], None] = lambda: None) -> list[Any]:
-        outputs = self.body(self.model, self.run, self.inputs, forward_done)
+        with self.setting.autocast():
+            outputs = self.body(self.run, self.inputs)
         return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-
-    def tensors(self, outputs: list[Any]) -> list[Tensor]:
-        """What a step gave, for a comparison."""
-        return outputs
-
-    def gradients(self) -> dict[str, Tensor]:
-        """By parameter."""
-        named = self.model.named_parameters()
-        return {name: p.grad for name, p in named if p.grad is not None}
-
-    def buffers(self) -> dict[str, Tensor] | None:
-        """By name; None where the model's own are not what was computed with."""
-        return dict(self.model.named_buffers())
-
-
-def inputs_of(case: Case, size: Size, setting: Setting) -> Inputs:
-    torch.manual_seed(1)
-    return tuple(x.to(setting.device) for x in case.inputs(size))
 
 
 def reference(
     case: Case, size: Size, setting: Setting, *, sharing: bool, exact: bool = False
 ) -> Program:
-    """Eager as written.
+    """Return eager as written.
 
     Args:
         sharing: under torch's ``cached()`` where evaluations have effects, which is another
@@ -103,44 +89,54 @@ def reference(
         exact: in float64, from the same parameters and inputs.
     """
     model = _model(case, "written", size, setting)
-    inputs = inputs_of(case, size, setting)
+    inputs = _inputs(case, size, setting)
     if exact:
-        setting = Setting(setting.device)
+        setting = replace(setting, dtype="float32")  # without autocast
         model = model.double()
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     run = _in_region(model) if case.effects and sharing else model
-    return Program(model, _autocast(run, setting), inputs, case.step_of(False), setting)
+    return Program(model, run, inputs, case.step_of(False), setting)
 
 
 def program(
     case: Case, contestant: Contestant, size: Size, setting: Setting, *, counting: bool = False
 ) -> Program:
-    """A contestant with state of its own, equal to every other's; compiled by its first step.
+    """Return a contestant with state of its own, equal to every other's; its first step compiles.
 
     Args:
-        counting: put ops into the parametrizations that count their evaluations.
+        counting: put ops into the parametrizations that count their evaluations. The compilers
+            then generate no code (:func:`counting.partitioned`).
     """
-    if contestant.compiler == "jax":
-        from benchmarks.jax_program import jax_program
-
-        return jax_program(case, contestant, size, setting)
     model = _model(case, contestant.source, size, setting)
+    if contestant.adopted or contestant.scope == "region":
+        fxparam.adopt(model)
     if counting:
         count_evaluations(model)
-    inputs = inputs_of(case, size, setting)
-    run = _autocast(_run(case, contestant, model), setting)
     step = case.step_of(contestant.source == "by hand")
-    if contestant.region == "fxparam" and case.scope in ("accumulate", "around"):
-        block = fxparam.accumulate if case.scope == "accumulate" else fxparam.cached
-        step = _in_block(block, step)
+    if contestant.scope in ("around", "step"):
+        block = fxparam.accumulate if contestant.scope == "step" else fxparam.cached
+        step = _in_block(partial(block, model), step)
     plain, compiled = contestant.source == "plain", contestant.compiler is not None
-    fixed = plain or contestant.freezing or (case.exported and compiled)
-    return Program(model, run, inputs, step, setting, plain, fixed, plain and case.effects)
+    return Program(
+        model,
+        _run(case, contestant, model, counting),
+        _inputs(case, size, setting),
+        step,
+        setting,
+        plain=plain,
+        fixed=plain or contestant.freezing or (case.exported and compiled),
+        once=plain and case.effects,
+    )
+
+
+def _inputs(case: Case, size: Size, setting: Setting) -> Inputs:
+    torch.manual_seed(1)
+    return tuple(x.to(setting.device) for x in case.inputs(size))
 
 
 def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:
     torch.manual_seed(0)
-    model = (case.by_hand if source == "by hand" else case.written)(size)
+    model = case.model(size, source == "by hand")
     with torch.no_grad():
         # As after some training: what an exponential costs depends on its argument, and torch
         # registers an orthogonal weight at the exponential of zero.
@@ -148,45 +144,38 @@ def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:
             if "original" in name.rpartition(".")[2]:
                 p.add_(0.02 * torch.randn_like(p))
     if source == "plain":
-        _make_plain(model)
-    return model.to(setting.device)
-
-
-def _make_plain(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
+        for module in filter(parametrize.is_parametrized, list(model.modules())):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 getattr(module, name).requires_grad_()
+    return model.to(setting.device)
 
 
-def _run(case: Case, contestant: Contestant, model: nn.Module) -> Run:
+def _run(case: Case, contestant: Contestant, model: nn.Module, counting: bool) -> Run:
+    regions: dict[str | None, Any] = {"torch": parametrize.cached, "region": fxparam.cached}
+    region = regions.get(contestant.scope)
+    by_hand_in_eager = case.eager_by_hand and contestant.source == "by hand"
+    if contestant.compiler is None or by_hand_in_eager:
+        return model if region is None else _in_region(model, region)
     if case.exported:
-        return _exported(contestant, model)
-    if contestant.compiler is None:
-        return _in_region(model) if contestant.region == "torch" else model
+        return _exported(contestant, model, counting)
     model.forward = types.MethodType(_own_code(type(model).forward), model)  # type: ignore
-    options: dict[str, Any] = {"fullgraph": case.fullgraph}
-    if contestant.freezing:
-        return _freezing(torch.compile(model, backend=contestant.compiler, **options))
-    if contestant.region == "torch":
-        return torch.compile(_own_code(_in_region(model)), backend=contestant.compiler, **options)
-    if contestant.region == "fxparam" and case.scope == "cached":
-        fxparam.adopt(model)
-        run = _own_code(_in_region(model, fxparam.cached))
-        return torch.compile(run, backend="fxparam", **options)
-    if contestant.region == "fxparam" and case.scope in ("call", "frozen"):
-        return fxparam.compile(model, scope=case.scope, **options)
-    return torch.compile(model, backend=contestant.compiler, **options)
+    source: Run = model if region is None else _own_code(_in_region(model, region))
+    inner: Any = partitioned if counting else "inductor"
+    if contestant.compiler == "inductor":
+        run = torch.compile(source, backend=inner, fullgraph=case.fullgraph)
+        return _freezing(run) if contestant.freezing else run
+    backend = fxparam.backend(inner, **contestant.options)
+    longer = contestant.scope if contestant.scope in ("call", "frozen") else "graph"
+    compiled: Run = fxparam.compile(source, scope=longer, backend=backend, fullgraph=case.fullgraph)
+    return compiled
 
 
 def _freezing(run: Run) -> Run:
     """Compile with Inductor's ``freezing`` at the first call.
 
     By ``torch.compile(options=)`` nothing is frozen: whether parameters are constants Dynamo asks
-    the global configuration, before options apply. Of what is computed from constants alone
-    Inductor (torch 2.13) folds no constructors, hence not the mask that ``tril`` becomes: an
-    orthogonal weight is still evaluated.
+    the global configuration, before options apply.
     """
     compiled = False
 
@@ -201,9 +190,7 @@ def _freezing(run: Run) -> Run:
     return frozen
 
 
-def _in_region(
-    model: nn.Module, region: Callable[[], Any] = parametrize.cached
-) -> Callable[..., Any]:
+def _in_region(model: nn.Module, region: Callable[[], Any] = parametrize.cached) -> Run:
     def run(*inputs: Tensor) -> Any:
         with region():
             return model(*inputs)
@@ -211,16 +198,16 @@ def _in_region(
     return run
 
 
-def _in_block(block: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
-    def run(model: nn.Module, *args: Any) -> Any:
-        with block(model):
-            return step(model, *args)
+def _in_block(block: Callable[[], Any], step: Step) -> Step:
+    def run(*args: Any) -> Any:
+        with block():
+            return step(*args)
 
     return run
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own.
+    """Return a copy with a code object of its own.
 
     Dynamo keeps what it compiled by code object: contestants in one process that share one would
     wait for each other's guards, and meet the limit of recompilations.
@@ -236,17 +223,6 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def _autocast(run: Run, setting: Setting) -> Run:
-    if setting.dtype == "float32":
-        return run
-
-    def cast(*inputs: Tensor) -> Any:
-        with setting.autocast():
-            return run(*inputs)
-
-    return cast
-
-
 class _Region(nn.Module):
     """A model in torch's ``cached()``, for ``torch.export``, which takes modules."""
 
@@ -259,19 +235,19 @@ class _Region(nn.Module):
             return self.model(*inputs)
 
 
-def _exported(contestant: Contestant, model: nn.Module) -> Run:
+def _exported(contestant: Contestant, model: nn.Module, counting: bool) -> Run:
     """Exported and compiled ahead of time at the first call, so that compile time is measured."""
-    if contestant.compiler is None:
-        return _in_region(model) if contestant.region == "torch" else model
     export = torch.export.export
     if contestant.compiler == "fxparam":
-        export = partial(fxparam.export, fold=contestant.region == "fxparam")
-    source = _Region(model) if contestant.region == "torch" else model
+        export = partial(fxparam.export, fold=contestant.scope == "fold")
+    source = _Region(model) if contestant.scope == "torch" else model
     options = {"freezing": True} if contestant.freezing else {}
     loaded: list[Run] = []
 
     def run(*inputs: Tensor) -> Any:
-        if not loaded:
+        if not loaded and counting:
+            loaded.append(export(source, inputs, strict=False).module())
+        elif not loaded:
             with tempfile.TemporaryDirectory() as folder:
                 package = torch._inductor.aoti_compile_and_package(
                     export(source, inputs, strict=False),

@@ -1,34 +1,31 @@
-"""What a case is: a small model of a real architecture, written twice, with a knob for its size."""
+"""A case: a small model of a real architecture, as people write it and hoisted by hand."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Case", "Size", "inference_step", "loss_of", "precise", "training_step"]
+__all__ = ["TINY", "Case", "Inputs", "Run", "Size", "loss_of", "reader"]
 
 Inputs = tuple[Tensor, ...]
 Run = Callable[..., Any]
-# One measured step: the model, the way to call it, its inputs, and a function to call when the
-# forward half is over. Returns the outputs.
-Step = Callable[[nn.Module, Run, Inputs, Callable[[], None]], Any]
+# One measured step: calls the model, and gives its outputs.
+Step = Callable[[Run, Inputs], Any]
 
-STEPS = (8, 32, 128)
-LAYERS = (4, 16, 64)
+_GROWTH = {"steps": (8, 32, 128), "layers": (4, 16, 64)}
 
 
 @dataclass(frozen=True)
 class Size:
     """Attributes:
-    steps: how often a recurrence, a solver or a generator goes round.
+    steps: how often a recurrence or a solver goes round.
     layers: how many layers, or applications of a tied one.
-    width: features.
-    batch: rows.
+    width, batch: features and rows.
     """
 
     steps: int = 32
@@ -40,88 +37,79 @@ class Size:
 TINY = Size(steps=4, layers=2, width=8, batch=2)
 
 
+def reader(module: nn.Module, by_hand: bool, name: str = "weight") -> Callable[[], Tensor]:
+    """Return what a model calls wherever it uses a weight: by hand, it is read here and now."""
+    if not by_hand:
+        return lambda: getattr(module, name)
+    value = getattr(module, name)
+    return lambda: value
+
+
 def loss_of(outputs: Any) -> Tensor:
-    """One number that depends on every output; outside of what is compiled, as in most training."""
+    """Return one number that depends on every output."""
     tensors = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return torch.stack([precise(t).square().mean() for t in tensors]).sum()
+    precise = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.stack([t.square().mean() for t in precise]).sum()
 
 
-def precise(t: Tensor) -> Tensor:
-    """In float32, or what is more precise: results are checked against the model in float64."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def training_step(
-    model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]
-) -> Any:
+def _training_step(run: Run, inputs: Inputs) -> Any:
     outputs = run(*inputs)
-    forward_done()
-    loss_of(outputs).backward()
+    loss_of(outputs).backward()  # outside of what is compiled, as in most training
     return outputs
 
 
-def inference_step(
-    model: nn.Module, run: Run, inputs: Inputs, forward_done: Callable[[], None]
-) -> Any:
+def _inference_step(run: Run, inputs: Inputs) -> Any:
     with torch.no_grad():
-        outputs = run(*inputs)
-    forward_done()
-    return outputs
+        return run(*inputs)
 
 
 @dataclass(frozen=True)
 class Case:
     """Attributes:
-    name: as given to ``--case``.
-    about: one line.
-    written: the model as people write it, which reads its weights where it uses them.
-    by_hand: the same model and state with every weight read once, as early as that is possible.
+    name, about: as given to ``--case``, and one line.
+    model: ``(size, by_hand) -> model``. As people write it a model reads its weights where it uses
+        them; by hand it reads each once, as early as that is possible.
     inputs: the inputs of one step, drawn from torch's generator.
     grows: which knob the growth of the figures is measured along.
     size, tiny: what is measured; what the tests run.
+    also: contestants that say something here, beside those that run in every case.
     train: whether a step has a backward.
-    effects: whether an evaluation writes buffers. Then one that is shared is another program than
-        the one as written, and contestants that share are checked against eager under ``cached()``.
+    reads_once: whether the model as written reads each weight once, so that both are the same.
+    effects: whether an evaluation writes buffers. One that is shared is then another program than
+        the one as written.
     exported: whether what is compiled is exported and goes to AOTInductor.
-    fullgraph: as ``torch.compile``'s, for every contestant that compiles: a break is an error.
-    scope: what fxparam can be asked for here, beyond what it does unasked: ``cached()`` in the
-        compiled code (``cached``) or around a whole step (``around``), a scope of ``compile``
-        (``call``, ``frozen``), ``accumulate()``, or an export that folds.
-    step, by_hand_step: what is timed; the second for the source hoisted by hand, if it differs.
-    jax: ``(parameters, inputs, by_hand) -> output`` in JAX, from parameters under torch's names.
+    fullgraph: as ``torch.compile``'s, for every contestant that compiles.
+    eager_by_hand: whether the source by hand runs in eager code, as Inductor needs many minutes
+        for torch's backward of its parametrization.
+    step, by_hand_step: what is timed; the second for the source by hand, if it differs.
     quick: whether it is among the cases of ``--quick``.
     """
 
     name: str
     about: str
-    written: Callable[[Size], nn.Module]
-    by_hand: Callable[[Size], nn.Module]
+    model: Callable[[Size, bool], nn.Module]
     inputs: Callable[[Size], Inputs]
     grows: Literal["steps", "layers"]
     size: Size = Size()
     tiny: Size = TINY
+    also: tuple[str, ...] = ()
     train: bool = True
+    reads_once: bool = False
     effects: bool = False
     exported: bool = False
     fullgraph: bool = True
-    scope: Literal["cached", "call", "around", "accumulate", "frozen", "fold"] | None = None
+    eager_by_hand: bool = False
     step: Step | None = None
     by_hand_step: Step | None = None
-    jax: Callable[[dict[str, Any], Sequence[Any], bool], Any] | None = None
     quick: bool = False
 
     def sizes(self) -> list[Size]:
-        """The sizes at which growth is measured, ``size`` among them."""
-        values = {*(STEPS if self.grows == "steps" else LAYERS), self.knob(self.size)}
-        return [dataclasses.replace(self.size, **{self.grows: value}) for value in sorted(values)]
-
-    def small(self) -> Size:
-        """What ``--quick`` measures: the same widths, the shortest growth."""
-        return self.sizes()[0]
+        """Return the sizes at which growth is measured."""
+        return [dataclasses.replace(self.size, **{self.grows: n}) for n in _GROWTH[self.grows]]
 
     def knob(self, size: Size) -> int:
         return int(getattr(size, self.grows))
 
     def step_of(self, by_hand: bool) -> Step:
-        default = training_step if self.train else inference_step
+        default = _training_step if self.train else _inference_step
         return (self.by_hand_step if by_hand else None) or self.step or default
