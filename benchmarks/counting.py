@@ -14,6 +14,8 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 __all__ = ["COUNTS", "count_evaluations", "partitioned"]
@@ -59,12 +61,17 @@ def count_evaluations(model: nn.Module) -> None:
                 parametrize.register_parametrization(module, name, _Counting(), unsafe=True)
 
 
-def partitioned(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Compile without code generation: with Inductor's partitioner, which merges and recomputes.
+def partitioned(gm: GraphModule, inputs: list[Any]) -> Any:
+    """Compile without code generation, with the decompositions and the partitioner of Inductor."""
 
-    With Inductor's decompositions too (``aot_eager_decomp_partition``) masks are made of integers
-    that eager code cannot make.
-    """
-    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
-    backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=partition)
-    return backend(gm, inputs)
+    def run(gm: GraphModule, _: list[Any]) -> Any:
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
+            node.update_kwarg("dtype", torch.int64)  # of a mask; eager code has none of uint16
+        gm.recompile()
+        return make_boxed_func(gm)
+
+    return aot_autograd(
+        fw_compiler=run,
+        decompositions=select_decomp_table,
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+    )(gm, inputs)

@@ -122,7 +122,7 @@ CASES = [
         model=lambda size, by_hand: Decoder(size).eval(),
         inputs=_token,
         grows="layers",
-        size=Size(layers=4, width=256, batch=1),
+        size=Size(layers=4, width=512, batch=1),
         also=("inductor-freezing", "fxparam-frozen"),
         train=False,
         reads_once=True,

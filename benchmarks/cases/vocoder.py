@@ -12,7 +12,7 @@ from benchmarks.cases.case import Case, Inputs, Size
 __all__ = ["CASES"]
 
 _BANDS = 80  # of the spectrogram
-_FRAMES = 8
+_FRAMES = 16
 _DILATIONS = (1, 3, 5)
 
 
@@ -74,7 +74,7 @@ CASES = [
         model=lambda size, by_hand: Vocoder(size).eval(),
         inputs=_spectrogram,
         grows="layers",
-        size=Size(layers=6, width=128, batch=1),
+        size=Size(layers=6, width=256, batch=4),
         also=("inductor-freezing", "fxparam-frozen"),
         train=False,
         reads_once=True,
