@@ -104,7 +104,10 @@ def main(arguments: list[str]) -> int:
             record["minutes"] += (time.perf_counter() - start) / 60
             start = time.perf_counter()
             write(options.output, record)  # a run that is cut off keeps what it has
-            print(tables.of_rows(section, rows), flush=True)
+            if section in ("cases", "growth"):
+                print(tables.of_rows(section, rows), flush=True)
+        if section not in ("cases", "growth"):
+            print(tables.of_rows(section, record[section]), flush=True)
     print(f"results: {options.output}")
     return 0
 
