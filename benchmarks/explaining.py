@@ -15,7 +15,7 @@ from docs.tools import models
 
 __all__ = ["measure", "rows"]
 
-_TURNS = 7
+_TURNS = 5
 
 
 def measure(name: str) -> dict[str, Any]:

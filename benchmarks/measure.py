@@ -71,7 +71,8 @@ def measure(
             check([outcome_of(made)], it.expected(CONTESTANTS[name].shares_effects()))
         except Exception as error:
             rows[name] = {"error": f"once it was timed: {first_line(error)}"}
-        else:
+            continue
+        with contextlib.suppress(Exception):  # its figures stand without a count
             rows[name]["evaluations"] = it.counted(CONTESTANTS[name])
     where = {"case": case, "grows": it.case.grows, "value": it.case.knob(it.size)}
     another = {name: CONTESTANTS[name].is_another_program(it.case) for name in names}
@@ -93,7 +94,9 @@ class _Case:
         gc.collect()
         gc.freeze()  # compilers leave a lot, through which Python's collector would go each time
         # Not deleted: what was loaded from there is read when it first runs.
-        with fresh_cache(delete=False), _seen() as seen:
+        # Of ``torch.compile(options=)`` Dynamo does not know that parameters are constants.
+        freezing = torch._inductor.config.patch(freezing=contestant.freezing)
+        with fresh_cache(delete=False), freezing, _seen() as seen:
             start = time.perf_counter()
             first = outcome_of(made)  # on the CPU, hence finished on every device
             elapsed = time.perf_counter() - start

@@ -31,11 +31,12 @@ def call(function: str, limit: float, env: dict[str, str] | None = None, **argum
     """
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         job.write_text(json.dumps({"function": function, "arguments": arguments}))
         child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.process", str(job), str(result)],
             cwd=ROOT,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", **(env or {})},
+            env={**os.environ, "TMPDIR": folder, **caches, **(env or {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

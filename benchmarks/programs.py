@@ -94,7 +94,7 @@ def reference(
         setting = replace(setting, dtype="float32")  # without autocast
         model = model.double()
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    run = _in_region(model) if case.effects and sharing else model
+    run = _InRegion(model) if case.effects and sharing else model
     return Program(model, run, inputs, case.step_of(False), setting)
 
 
@@ -155,47 +155,31 @@ def _run(case: Case, contestant: Contestant, model: nn.Module, counting: bool) -
     regions: dict[str | None, Any] = {"torch": parametrize.cached, "region": fxparam.cached}
     region = regions.get(contestant.scope)
     by_hand_in_eager = case.eager_by_hand and contestant.source == "by hand"
+    source = model if region is None else _InRegion(model, region)
     if contestant.compiler is None or by_hand_in_eager:
-        return model if region is None else _in_region(model, region)
+        return source
     if case.exported:
-        return _exported(contestant, model, counting)
-    model.forward = types.MethodType(_own_code(type(model).forward), model)  # type: ignore
-    source: Run = model if region is None else _own_code(_in_region(model, region))
+        return _exported(contestant, source, counting)
+    source.forward = types.MethodType(_own_code(type(source).forward), source)  # type: ignore
     inner: Any = partitioned if counting else "inductor"
     if contestant.compiler == "inductor":
-        run = torch.compile(source, backend=inner, fullgraph=case.fullgraph)
-        return _freezing(run) if contestant.freezing else run
+        return torch.compile(source, backend=inner, fullgraph=case.fullgraph)
     backend = fxparam.backend(inner, **contestant.options)
     longer = contestant.scope if contestant.scope in ("call", "frozen") else "graph"
     compiled: Run = fxparam.compile(source, scope=longer, backend=backend, fullgraph=case.fullgraph)
     return compiled
 
 
-def _freezing(run: Run) -> Run:
-    """Compile with Inductor's ``freezing`` at the first call.
+class _InRegion(nn.Module):
+    """A model whose calls are in a region, as a module: ``torch.export`` takes no function."""
 
-    By ``torch.compile(options=)`` nothing is frozen: whether parameters are constants Dynamo asks
-    the global configuration, before options apply.
-    """
-    compiled = False
+    def __init__(self, model: nn.Module, region: Callable[[], Any] = parametrize.cached) -> None:
+        super().__init__()
+        self.model, self.region = model, region
 
-    def frozen(*inputs: Tensor) -> Any:
-        nonlocal compiled
-        if compiled:
-            return run(*inputs)
-        compiled = True
-        with torch._inductor.config.patch(freezing=True):
-            return run(*inputs)
-
-    return frozen
-
-
-def _in_region(model: nn.Module, region: Callable[[], Any] = parametrize.cached) -> Run:
-    def run(*inputs: Tensor) -> Any:
-        with region():
-            return model(*inputs)
-
-    return run
+    def forward(self, *inputs: Tensor) -> Any:
+        with self.region():
+            return self.model(*inputs)
 
 
 def _in_block(block: Callable[[], Any], step: Step) -> Step:
@@ -212,36 +196,17 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     Dynamo keeps what it compiled by code object: contestants in one process that share one would
     wait for each other's guards, and meet the limit of recompilations.
     """
-    copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+    code, defaults = function.__code__.replace(), function.__defaults__
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, defaults, function.__closure__
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
-class _Region(nn.Module):
-    """A model in torch's ``cached()``, for ``torch.export``, which takes modules."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Tensor) -> Any:
-        with parametrize.cached():
-            return self.model(*inputs)
-
-
-def _exported(contestant: Contestant, model: nn.Module, counting: bool) -> Run:
+def _exported(contestant: Contestant, source: nn.Module, counting: bool) -> Run:
     """Exported and compiled ahead of time at the first call, so that compile time is measured."""
     export = torch.export.export
     if contestant.compiler == "fxparam":
         export = partial(fxparam.export, fold=contestant.scope == "fold")
-    source = _Region(model) if contestant.scope == "torch" else model
-    options = {"freezing": True} if contestant.freezing else {}
     loaded: list[Run] = []
 
     def run(*inputs: Tensor) -> Any:
@@ -252,7 +217,6 @@ def _exported(contestant: Contestant, model: nn.Module, counting: bool) -> Run:
                 package = torch._inductor.aoti_compile_and_package(
                     export(source, inputs, strict=False),
                     package_path=str(Path(folder) / "model.pt2"),
-                    inductor_configs=options,
                 )
                 loaded.append(torch._inductor.aoti_load_package(package))
         return loaded[0](*inputs)

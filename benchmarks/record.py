@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fxparam
-from benchmarks import distributed, explaining, jax_rnn, maps, passes, starts
+from benchmarks import demo, distributed, explaining, jax_rnn, kernels, maps, passes, starts
 from benchmarks.cases import CASES, Case, Size
 from benchmarks.contestants import CONTESTANTS, contestants_for
 from benchmarks.process import call
@@ -95,6 +95,8 @@ SECTIONS: dict[str, Callable[[Plan], Iterator[list[Row]]]] = {
     "maps": _one_by_one(maps.rows),
     "explaining": _one_by_one(explaining.rows),
     "distributed": _one_by_one(distributed.rows),
+    "kernels": _one_by_one(kernels.rows),
+    "demo": _one_by_one(demo.rows),
 }
 
 

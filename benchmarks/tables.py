@@ -243,6 +243,31 @@ def _distributed(rows: list[Row]) -> str:
     return _table(("two ranks", "ms a step", "ratio"), lines)
 
 
+def _kernels(rows: list[Row]) -> str:
+    names = {
+        "Inductor": "Inductor",
+        "shared": "fxparam with `lower=False, batch=False`",
+        "fxparam": "fxparam",
+        "by hand": "by hand",
+    }
+    lines = [
+        [row["case"], *(", ".join(map(str, row["counts"][name])) for name in names)] for row in rows
+    ]
+    return _table(("", *names.values()), lines)
+
+
+def _demo(rows: list[Row]) -> str:
+    by_hand = rows[-1]["step"]
+    lines = []
+    for row in rows:
+        figures = [f"{row['compile']:.1f}", str(row["steps"]), f"{1e3 * row['step']:.1f}"]
+        figures += [f"{row['step'] / by_hand:.2f}", "{} / {}".format(*row["evaluations"])]
+        figures += [f"{row['accuracy']:.3f}", _number(row["goal"], "{:.1f}")]
+        lines.append([row["way"], *figures, f"{row['difference']:.0e}"])
+    head = ("compile s", "steps", "ms per step", "x by hand", "evaluations fwd / bwd")
+    return _table(("", *head, "test accuracy", "seconds to 0.9", "loss difference"), lines)
+
+
 def _environment(record: Row) -> str:
     found = record["environment"]
     where = found.get("gpu") or f"{found['processor']}, {found['threads']} threads"
@@ -265,6 +290,8 @@ _OF_SECTION: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "unchanged": ("maps", _unchanged),
     "explaining": ("explaining", _explaining),
     "distributed": ("distributed", _distributed),
+    "kernels": ("kernels", _kernels),
+    "demo": ("demo", _demo),
 }
 TABLES: dict[str, Callable[[Row], str]] = {
     "environment": _environment,

@@ -325,7 +325,8 @@ def _table(everyone: list[Contestant]) -> Any:
 _STYLES = (("tab:red", "s-"), ("tab:orange", "D--"), ("tab:green", "o-"), ("tab:blue", "^:"))
 
 
-def _plot(everyone: list[Contestant], path: Path) -> None:
+def plot(everyone: list[Contestant], path: Path) -> None:
+    """Draw loss and accuracy against seconds of training, into an image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -400,7 +401,7 @@ def main(arguments: list[str]) -> int:
         task = progress.add_task("training four ways", total=4 * settings.turns)
         everyone = run(settings, lambda: progress.advance(task))
     console.print(_table(everyone))
-    _plot(everyone, options.output)
+    plot(everyone, options.output)
     console.print(f"plot: {options.output.resolve()}", soft_wrap=True)
     wrong = verdict(everyone, settings.pixels)
     for line in wrong:

@@ -68,7 +68,7 @@ def is_faster(a: Tensor) -> bool:
     """Check whether the op is at least as fast as torch's, backward included.
 
     Of less than that, torch makes fewer calls than the op does. Measured on one CPU thread by
-    ``python -m benchmarks.maps``.
+    ``python -m benchmarks maps``.
     """
     return a.shape[-1] > 1 and a.numel() * a.shape[-1] >= _LEAST_WORK
 

@@ -19,9 +19,9 @@ from fxparam.explaining.generated import count
 from tests.triton.cases import CASES, SIZE, Case, error, results
 from tests.triton.pretended_gpu import for_gpu
 
-__all__ = ["CONTESTANTS"]
+__all__ = ["CONTESTANTS", "COUNTS", "measured"]
 
-_COUNTS = ("kernels", "launches", "extern_calls")
+COUNTS = ("kernels", "launches", "extern_calls")
 CONTESTANTS = {
     "Inductor": lambda: "inductor",
     "shared": lambda: fxparam.backend(lower=False, batch=False),
@@ -68,7 +68,7 @@ def main(output: str, *names: str) -> None:
     print("|", *("case", *CONTESTANTS), sep=" | ")
     for name in names or CASES:
         found[name] = {each: measured(CASES[name], each) for each in CONTESTANTS}
-        cells = (", ".join(str(each[key]) for key in _COUNTS) for each in found[name].values())
+        cells = (", ".join(str(each[key]) for key in COUNTS) for each in found[name].values())
         print("|", name, *cells, sep=" | ", flush=True)
         if name == "weight norm":  # the negative control
             found[name]["wrong"] = measured(CASES[name], "fxparam", _wrong)
