@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _show(record: dict[str, Any], path: Path) -> int:
-    for section in SECTIONS.keys() & record.keys():
+    for section in filter(record.__contains__, SECTIONS):
         print(f"\n{section}:\n\n{tables.of_rows(section, record[section])}")
     for drawn in plot.draw(record, path.with_suffix("")):
         print(f"plot: {drawn}")

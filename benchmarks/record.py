@@ -131,7 +131,7 @@ def write(path: Path, record: Row) -> None:
     A row is a line.
     """
     parts = [f'"{key}": {json.dumps(record[key])}' for key in record if key not in SECTIONS]
-    for section in SECTIONS.keys() & record.keys():
+    for section in filter(record.__contains__, SECTIONS):
         rows = ",\n".join(json.dumps(row) for row in record[section])
         parts.append(f'"{section}": [\n{rows}\n]')
     beside = path.with_name(f"{path.name}.part")

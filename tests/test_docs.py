@@ -17,7 +17,6 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -141,21 +140,3 @@ def test_a_name_that_is_gone_is_found() -> None:
     assert _missing("graph/rules.py: refusal") is None
     assert _missing("graph/rules.py: no_such") == "graph/rules.py defines no no_such"
     assert _missing("graph/no_such.py") == "no file graph/no_such.py"
-
-
-def _recorded(case: str) -> list[str]:
-    """Return what a benchmark recorded of Inductor and fxparam: times by hand, and evaluations."""
-    rows: list[dict[str, Any]] = []
-    for record in ("cpu.json", "cpu-jax.json"):  # the later one was measured later
-        found = json.loads((ROOT / "benchmarks" / "results" / record).read_text())["rows"]
-        rows = [row for row in found if row["case"] == case] or rows
-    both = [next(row for row in rows if row["contestant"] == c) for c in ("inductor", "fxparam")]
-    times = [f"{row['step_ratio']['median']:.2f}" for row in both]
-    return times + ["{} / {}".format(*row["evaluations"]) for row in both]
-
-
-def test_the_readme_shows_what_was_recorded() -> None:
-    rows = re.findall(r"^\| .*\(`([\w-]+)`\) \| (.+) \|$", (ROOT / "README.md").read_text(), re.M)
-    assert len(rows) == 5
-    for case, figures in rows:
-        assert figures.split(" | ") == _recorded(case), case

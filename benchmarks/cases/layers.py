@@ -143,7 +143,7 @@ CASES = [
     ),
     _case(
         name="orthogonal-flow-wide",
-        about="the same with matrices of 128",
+        about="a Sylvester flow: 16 orthogonal matrices of 128, each read twice",
         model=Flow,
         size=Size(layers=16, width=128, batch=64),
         also=("fxparam-no-batch",),
