@@ -57,6 +57,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         rounds=options.rounds,
         limit=options.limit,
         code=options.code,
+        output=options.output,
     )
 
 
@@ -65,51 +66,97 @@ def _sections(options: argparse.Namespace) -> list[str]:
     return options.sections or (["cases"] if few else list(SECTIONS))
 
 
+def _problem(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with the arguments, before minutes are spent on them."""
+    if unknown := set(options.sections) - SECTIONS.keys():
+        return f"no section {', '.join(unknown)}: known are {', '.join(SECTIONS)}"
+    if options.rounds < 1 or not 0 < options.limit < float("inf"):
+        return "--rounds and --limit must be positive numbers"
+    if options.output.is_dir() or not options.output.resolve().parent.is_dir():
+        return f"--output {options.output}: not a file in a folder that exists"
+    if options.code is not None and options.code.exists() and not options.code.is_dir():
+        return f"--code {options.code}: not a folder"
+    if options.device == "cuda" and not {*options.sections} <= {"cases", "growth"}:
+        return "--device cuda: only cases and growth run on a GPU"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a record, or None of a file that holds none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        whole = {"command", "environment", "setting", "minutes", "done"} <= found.keys()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if whole else None
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit code: 2 for wrong arguments."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if unknown := set(options.sections) - SECTIONS.keys():
-        parser.error(f"no section {', '.join(unknown)}: known are {', '.join(SECTIONS)}")
-    if options.rounds < 1 or not 0 < options.limit < float("inf"):
-        parser.error("--rounds and --limit must be positive numbers")
+    if problem := _problem(options):
+        parser.error(problem)
     if options.list:
         for each in (*CASES.values(), *CONTESTANTS.values()):
             print(f"{each.name:26} {each.about}")
         return 0
     if options.show is not None:
-        return _show(json.loads(options.show.read_text()), options.show)
+        shown = _read(options.show)
+        if shown is None:
+            parser.error(f"--show {options.show}: not a record")
+        return _show(shown, options.show)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("skipped: this torch sees no CUDA device")
         return 0
+    plan = _plan(options)
     record: dict[str, Any] = {
         "command": f"python -m benchmarks {shlex.join(arguments)}".strip(),
         "environment": environment(options.device),
+        "setting": {**dataclasses.asdict(plan.setting), "rounds": plan.rounds},
         "minutes": 0.0,
+        "done": [],
     }
-    plan = _plan(options)
     if options.resume and options.output.exists():
-        record |= json.loads(options.output.read_text())
+        found = _read(options.output)
+        if found is None:
+            parser.error(f"--resume {options.output}: not a record")
+        old, new = (
+            {**each, "date": None} for each in (found["environment"], record["environment"])
+        )
+        if old != new or found["setting"] != record["setting"]:
+            parser.error(f"--resume {options.output}: made elsewhere, or with other settings")
+        record = found
         there = {row["case"] for row in record.get("cases", ())}
         plan = dataclasses.replace(plan, cases=[n for n in plan.cases if n not in there])
     if options.code is not None:
         options.code.mkdir(parents=True, exist_ok=True)
     for section in _sections(options):
-        if section in record and section != "cases":
-            continue
-        record.setdefault(section, [])
-        start = time.perf_counter()
-        for rows in SECTIONS[section](plan):
-            record[section] += rows
-            record["minutes"] += (time.perf_counter() - start) / 60
-            start = time.perf_counter()
-            write(options.output, record)  # a run that is cut off keeps what it has
-            if section in ("cases", "growth"):
-                print(tables.of_rows(section, rows), flush=True)
-        if section not in ("cases", "growth"):
-            print(tables.of_rows(section, record[section]), flush=True)
-    print(f"results: {options.output}")
+        if section not in record["done"]:
+            _add(section, plan, record)
+    print(f"results: {plan.output}")
     return 0
+
+
+def _add(section: str, plan: Plan, record: dict[str, Any]) -> None:
+    """Measure a section, and print and write what comes: a run that is cut off keeps what it has.
+
+    Cases that the record has are kept. Of another section that is not whole nothing is.
+    """
+    record[section] = record.get(section, []) if section == "cases" else []
+    start = time.perf_counter()
+    for rows in SECTIONS[section](plan):
+        record[section] += rows
+        record["minutes"] += (time.perf_counter() - start) / 60
+        start = time.perf_counter()
+        write(plan.output, record)
+        if section in ("cases", "growth"):
+            print(tables.of_rows(section, rows), flush=True)
+    if section not in ("cases", "growth"):
+        print(tables.of_rows(section, record[section]), flush=True)
+    if section != "cases":
+        record["done"].append(section)
+    write(plan.output, record)
 
 
 def _show(record: dict[str, Any], path: Path) -> int:

@@ -101,18 +101,18 @@ def _other_inputs(program: Program) -> Iterator[None]:
 
 @contextmanager
 def _other_parameters(model: torch.nn.Module) -> Iterator[None]:
-    """Other values in the parameters that train, the same for each program."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    """Other values in the parameters, the same for each program."""
+    parameters = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
-        for name, p in trained.items():
+        for name, p in parameters.items():
             size = _CHANGE * p.square().mean().sqrt()
             p.add_(size * _noise(p, zlib.crc32(name.encode())))
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, p in trained.items():
+            for name, p in parameters.items():
                 p.copy_(before[name])
 
 

@@ -36,6 +36,8 @@ def measure(image: str) -> list[dict[str, Any]]:
     ]
 
 
-def rows(limit: float) -> Iterator[dict[str, Any]]:
-    found = call("benchmarks.demo:measure", limit, image="benchmarks/results/demo.png")
+def rows(limit: float, record: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way; the picture is drawn beside the record."""
+    image = record.resolve().with_name("demo.png")
+    found = call("benchmarks.demo:measure", limit, image=str(image))
     yield from found if isinstance(found, list) else [found]

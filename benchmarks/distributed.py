@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import orthogonal
 
 import fxparam
-from benchmarks.process import ROOT
+from benchmarks.process import run
 
 __all__ = ["measure", "rows"]
 
@@ -96,10 +95,10 @@ def measure(width: int = 256, steps: int = 16, rounds: int = 15) -> dict[str, fl
     ways = _ways(width, steps)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round in range(rounds + 2):
-        for name, run in ways.items():
+        for name, step in ways.items():
             dist.barrier()
             start = time.perf_counter()
-            run()
+            step()
             elapsed = torch.tensor(time.perf_counter() - start)
             dist.all_reduce(elapsed, dist.ReduceOp.MAX)
             if round > 1:
@@ -111,11 +110,10 @@ def measure(width: int = 256, steps: int = 16, rounds: int = 15) -> dict[str, fl
 def rows(limit: float) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, *run, "-m", "benchmarks.distributed", str(output)]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        if not output.exists():
-            yield {"error": told.stderr.strip().splitlines()[-1]}
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        problem = run([*ranks, "-m", "benchmarks.distributed", str(output)], limit)
+        if problem:
+            yield {"error": problem}
             return
         found = json.loads(output.read_text())
     yield from ({"way": name, "step": seconds} for name, seconds in found.items())

@@ -57,14 +57,18 @@ def measure(
     it = _Case(CASES[case], Size(**size), Setting(**setting))
     _wake(it)
     programs, rows = {}, {}
-    order = random.Random(0).sample(names, len(names))
+    order = random.Random(f"{case} {size}").sample(names, len(names))
     for name in order:
         try:
             programs[name], rows[name] = it.compiled(CONTESTANTS[name], code)
         except Exception as error:
             rows[name] = {"error": first_line(error)}
-    for name, seconds in _in_turns(programs, rounds).items():
-        rows[name].update(seconds)
+    for name, timed in _in_turns(programs, rounds).items():
+        if "error" in timed:
+            rows[name] = timed
+            del programs[name]
+        else:
+            rows[name] |= timed
     for name, made in programs.items():
         try:
             made.restart()
@@ -104,11 +108,13 @@ class _Case:
         made.step()  # after which no value is left of other parameters
         made.model.zero_grad(set_to_none=True)
         row: Row = {"memory": peak(made.step, self.setting.device)}
-        if contestant.compiler is not None:
+        in_eager = self.case.eager_by_hand and contestant.name == BY_HAND
+        if contestant.compiler is not None and not in_eager:
             again = statistics.median(_timer(made).timeit(1).mean for _ in range(3))
             row |= {"compile": max(0.0, elapsed - again), **seen}
         if code is not None and row.get("code"):
-            name = f"{self.case.name}-{contestant.name}-{self.setting.dtype}.py.txt"
+            where = f"{self.case.name}-{self.case.grows}{self.case.knob(self.size)}"
+            name = f"{where}-{contestant.name}-{self.setting.dtype}.py.txt"
             Path(code, name).write_text("\n\n# ---- next graph ----\n\n".join(row["code"]))
         row.pop("code", None)
         return made, row
@@ -156,9 +162,10 @@ def _in_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, Row]:
     order, turns = random.Random(0), list(programs)
     gc.freeze()
     for i in range(rounds):
+        turns = [name for name in turns if "steps" in found[name]]
         if i == _SLOW_ROUNDS and BY_HAND in turns:
             limit = _SLOW * statistics.median(found[BY_HAND]["steps"])
-            turns = [n for n in turns if statistics.median(found[n].get("steps", [0])) <= limit]
+            turns = [n for n in turns if statistics.median(found[n]["steps"]) <= limit]
         gc.collect()
         order.shuffle(turns)
         for name in turns:
@@ -166,7 +173,7 @@ def _in_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, Row]:
             seconds = timers[name].timeit(1).mean
             if counters["stats"]["unique_graphs"] != graphs:
                 found[name] = {"error": "recompiled while timed"}
-            if "steps" in found[name]:
+            else:
                 found[name]["steps"].append(seconds)
     gc.unfreeze()
     return found

@@ -39,7 +39,7 @@ def draw(record: Row, stem: Path) -> list[Path]:
     pictures: dict[str, tuple[str, Callable[[list[Row]], Any]]] = {
         "cases": (f"{stem.name}.png", _cases),
         "growth": (f"{stem.name}-growth.png", _growth),
-        "maps": ("maps.png", _maps),
+        "maps": (f"{stem.name}-maps.png", _maps),
     }
     written = []
     for section, (name, made) in pictures.items():

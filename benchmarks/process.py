@@ -14,9 +14,35 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "call"]
+__all__ = ["ROOT", "call", "run"]
 
 ROOT = Path(__file__).parents[1]
+
+
+def run(command: list[str], limit: float, env: dict[str, str] | None = None) -> str | None:
+    """Run Python with arguments, and return why it ended badly; nothing of it is left."""
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its own children end with it
+    )
+    try:
+        _, said = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"no result after {limit:.0f} s"
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+    if child.returncode < 0:
+        return f"ended by {signal.Signals(-child.returncode).name}"
+    if child.returncode == 0:
+        return None
+    return (said.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
 
 
 def call(function: str, limit: float, env: dict[str, str] | None = None, **arguments: Any) -> Any:
@@ -33,28 +59,9 @@ def call(function: str, limit: float, env: dict[str, str] | None = None, **argum
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         job.write_text(json.dumps({"function": function, "arguments": arguments}))
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.process", str(job), str(result)],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": folder, **caches, **(env or {})},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # its compile workers end with it
-        )
-        try:
-            _, said = child.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return {"error": f"no result after {limit:.0f} s"}
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.communicate()
-        if result.exists():
-            return json.loads(result.read_text())
-        if child.returncode < 0:
-            return {"error": f"ended by {signal.Signals(-child.returncode).name}"}
-        return {"error": (said.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
+        command = ["-m", "benchmarks.process", str(job), str(result)]
+        problem = run(command, limit, {"TMPDIR": folder, **caches, **(env or {})})
+        return {"error": problem} if problem else json.loads(result.read_text())
 
 
 def main(job: str, result: str) -> None:

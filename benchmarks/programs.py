@@ -22,6 +22,8 @@ from benchmarks.counting import count_evaluations, partitioned
 
 __all__ = ["Program", "Setting", "program", "reference"]
 
+_REGIONS: dict[str, Callable[[], Any]] = {"torch": parametrize.cached, "region": fxparam.cached}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -113,9 +115,13 @@ def program(
     if counting:
         count_evaluations(model)
     step = case.step_of(contestant.source == "by hand")
-    if contestant.scope in ("around", "step"):
-        block = fxparam.accumulate if contestant.scope == "step" else fxparam.cached
-        step = _in_block(partial(block, model), step)
+    blocks = {
+        "around": partial(fxparam.cached, model),
+        "step": partial(fxparam.accumulate, model),
+        **(_REGIONS if case.called_in_a_loop else {}),
+    }
+    if contestant.scope in blocks:
+        step = _in_block(blocks[contestant.scope], step)
     plain, compiled = contestant.source == "plain", contestant.compiler is not None
     return Program(
         model,
@@ -152,8 +158,7 @@ def _model(case: Case, source: str, size: Size, setting: Setting) -> nn.Module:
 
 
 def _run(case: Case, contestant: Contestant, model: nn.Module, counting: bool) -> Run:
-    regions: dict[str | None, Any] = {"torch": parametrize.cached, "region": fxparam.cached}
-    region = regions.get(contestant.scope)
+    region = None if case.called_in_a_loop else _REGIONS.get(contestant.scope or "")
     by_hand_in_eager = case.eager_by_hand and contestant.source == "by hand"
     source = model if region is None else _InRegion(model, region)
     if contestant.compiler is None or by_hand_in_eager:

@@ -39,6 +39,7 @@ class Plan:
     rounds: timed steps of each contestant.
     limit: seconds after which a process is ended, for each contestant that it runs.
     code: a folder to keep the generated code in.
+    output: the record; pictures are beside it.
     """
 
     cases: list[str] = field(default_factory=lambda: list(CASES))
@@ -48,6 +49,7 @@ class Plan:
     rounds: int = 20
     limit: float = 600.0
     code: Path | None = None
+    output: Path = Path("fxparam-bench.json")
 
 
 def _measured(plan: Plan, case: Case, size: Size, contestants: list[str]) -> list[Row]:
@@ -76,7 +78,7 @@ def _cases(plan: Plan) -> Iterator[list[Row]]:
 
 
 def _growth(plan: Plan) -> Iterator[list[Row]]:
-    for case in map(CASES.__getitem__, _GROW):
+    for case in (CASES[name] for name in _GROW if name in plan.cases):
         for size in case.sizes():
             yield _measured(plan, case, size, list(_COMPARED))
 
@@ -96,7 +98,7 @@ SECTIONS: dict[str, Callable[[Plan], Iterator[list[Row]]]] = {
     "explaining": _one_by_one(explaining.rows),
     "distributed": _one_by_one(distributed.rows),
     "kernels": _one_by_one(kernels.rows),
-    "demo": _one_by_one(demo.rows),
+    "demo": lambda plan: ([row] for row in demo.rows(plan.limit, plan.output)),
 }
 
 

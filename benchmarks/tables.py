@@ -20,7 +20,7 @@ from benchmarks.cases import CASES
 from benchmarks.contestants import BY_HAND
 from benchmarks.process import ROOT
 
-__all__ = ["PAGES", "TABLES", "fill", "groups", "main", "of_rows", "ratio"]
+__all__ = ["PAGES", "TABLES", "fill", "groups", "main", "of_rows", "ratio", "table"]
 
 Row = dict[str, Any]
 Cells = list[str]
@@ -94,8 +94,8 @@ def _evaluations(group: dict[str, Row], name: str) -> str:
 
 def _figures(group: dict[str, Row], name: str) -> Cells:
     """Return what is said of each contestant of fxparam."""
-    if "error" in group[name]:
-        return [group[name]["error"], *[""] * 4]
+    if name not in group or "error" in group[name]:
+        return [group.get(name, {}).get("error", ""), *[""] * 4]
     return [
         _step(group, name),
         _quartiles(group, name),
@@ -134,7 +134,7 @@ def _cases(rows: list[Row]) -> str:
     for case, _, group in groups(rows):
         both = f"{_evaluations(group, 'inductor')}, {_evaluations(group, 'fxparam')}"
         own = [*_figures(group, "fxparam")[:-1], both]
-        own[0] = f"**{own[0]}**"
+        own[0] = own[0] and f"**{own[0]}**"
         lines.append([f"`{case}`", *(_step(group, name) for name in _COMPARED), *own])
     names = ("fxparam", *_FIGURES[1:-1], "evaluations: Inductor, fxparam")
     return _table(("", *head, "plain weights", *names), lines)
@@ -277,7 +277,6 @@ def _environment(record: Row) -> str:
     )
 
 
-#: Each table by its name; of a section, unless it says otherwise.
 _OF_SECTION: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "cases": ("cases", _cases),
     "scopes": ("cases", _scopes),
@@ -293,31 +292,38 @@ _OF_SECTION: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "kernels": ("kernels", _kernels),
     "demo": ("demo", _demo),
 }
-TABLES: dict[str, Callable[[Row], str]] = {
-    "environment": _environment,
-    **{
-        name: lambda record, section=section, made=made: made(record[section])  # type: ignore
-        for name, (section, made) in _OF_SECTION.items()
-    },
-}
+TABLES = ("environment", *_OF_SECTION)
+
+
+def table(name: str, record: Row) -> str:
+    """Return a table of a record by its name."""
+    if name == "environment":
+        return _environment(record)
+    section, made = _OF_SECTION[name]
+    return _made(section, made, record.get(section, []))
+
+
+def _made(section: str, made: Callable[[list[Row]], str], rows: list[Row]) -> str:
+    errors = [row["error"] for row in rows if "error" in row and "contestant" not in row]
+    if errors or not rows:
+        return f"{section}: {errors[0] if errors else 'not measured'}"
+    return made(rows)
 
 
 def of_rows(section: str, rows: list[Row]) -> str:
     """Return rows of a section as they come; of cases, all there is."""
     if section in ("cases", "growth"):
-        return _contestants(rows)
-    if errors := [row["error"] for row in rows if "error" in row]:
-        return f"{section}: {errors[0]}"
+        return _made(section, _contestants, rows)
     tables = [made for of, made in _OF_SECTION.values() if of == section]
-    return "\n\n".join(made(rows) for made in tables)
+    return "\n\n".join(_made(section, made, rows) for made in tables)
 
 
 def fill(page: str, record: Row) -> str:
     """Return a page with the tables of a record in it."""
-    for name, table in TABLES.items():
+    for name in TABLES:
         place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if place.search(page):
-            shown = f"\n{table(record)}\n\n"
+            shown = f"\n{table(name, record)}\n\n"
             page = place.sub(lambda m, shown=shown: m[1] + shown + m[2], page)
     return page
 
@@ -325,8 +331,8 @@ def fill(page: str, record: Row) -> str:
 def main(record: str) -> None:
     """Print every table of a record, and write them into README and docs."""
     found = json.loads(Path(record).read_text())
-    for name, table in TABLES.items():
-        print(f"\n{name}:\n\n{table(found)}")
+    for name in TABLES:
+        print(f"\n{name}:\n\n{table(name, found)}")
     for page in PAGES:
         page.write_text(fill(page.read_text(), found))
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import benchmarks.__main__ as command
-from benchmarks import jax_rnn, measure, passes, record, starts, tables
+from benchmarks import check as checking
+from benchmarks import distributed, jax_rnn, measure, passes, record, starts, tables
 from benchmarks.cases import CASES, Case, Size
 from benchmarks.check import Expected, Wrong, check, expected_of, outcome_of, outcomes_of
 from benchmarks.contestants import BY_HAND, CONTESTANTS, contestants_for
@@ -182,8 +183,16 @@ def test_a_contestant_that_is_wrong_is_refused_and_the_others_are_timed(
     assert list(rows) == names
     for name, (_, line) in changes.items():
         assert "steps" not in rows[name] and rows[name]["error"].startswith(line)
+    assert rows["fxparam-step"].keys() == rows["plain"].keys()  # no figures
     for name in ("eager", BY_HAND):
         assert len(rows[name]["steps"]) == 7 and min(rows[name]["steps"]) > 0
+
+
+def test_one_by_hand_that_compiles_again_leaves_the_others_their_times() -> None:
+    programs = {BY_HAND: _with_body(_recompiles), "fxparam": _right()}
+    found = measure._in_turns(programs, 7)
+    assert found[BY_HAND] == {"error": "recompiled while timed"}
+    assert len(found["fxparam"]["steps"]) == 7
 
 
 def test_buffers_are_as_at_the_start_for_the_step_after_the_timing() -> None:
@@ -234,6 +243,14 @@ def test_a_program_that_keeps_a_weight_is_refused() -> None:
     check(outcomes[:1], expected)
     with pytest.raises(Wrong, match="output 0 after the parameters changed is not eager's"):
         check(outcomes, expected)
+
+
+def test_each_parameter_is_another_one_for_a_step_even_one_that_does_not_train() -> None:
+    model = CASES["albert-lora"].model(CASES["albert-lora"].tiny, False)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with checking._other_parameters(model):
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_gradient_that_lacks_one_access_of_32_is_refused() -> None:
@@ -289,7 +306,7 @@ def test_each_contestant_of_ours_compiles_and_shares(tmp_path: Path) -> None:
     _, row = it.compiled(CONTESTANTS["fxparam"], str(tmp_path))
     assert row["compile"] > 0 and row["graphs"] == 1 and row["kernels"] > 0 and row["memory"] > 0
     (code,) = tmp_path.iterdir()
-    assert code.name == "orthogonal-rnn-fxparam-float32.py.txt"
+    assert code.name == "orthogonal-rnn-steps4-fxparam-float32.py.txt"
     assert "async_compile" in code.read_text()
 
 
@@ -377,7 +394,9 @@ def test_a_run_prints_its_tables_and_writes_a_record(
     monkeypatch.setattr(record, "call", _call)
     output = tmp_path / "bench.json"
     given = ["cases", "growth", "--contestant", "inductor", "--contestant", "fxparam"]
-    given += ["--case", "ode", "--case", "spectral-rnn", "--output", str(output)]
+    for case in ("ode", "spectral-rnn", "orthogonal-rnn"):
+        given += ["--case", case]
+    given += ["--output", str(output)]
     assert command.main(given) == 0
     printed = capsys.readouterr().out
     assert "| ode 32 | fxparam | 1.25 | 1.25 to 1.25 | 1.00 | 1.00 | 1 / 1 | 1250.00 |" in printed
@@ -417,6 +436,47 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     assert {row["case"] for row in json.loads(output.read_text())["cases"]} == {*measured}
 
 
+def test_a_section_that_was_cut_off_is_made_anew_and_only_where_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def cut_off(function: str, limit: float, env: Any = None, **job: Any) -> Any:
+        asked.append(job["size"]["steps"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return _rows(**job)
+
+    monkeypatch.setattr(record, "call", cut_off)
+    output = tmp_path / "bench.json"
+    given = ["growth", "--case", "orthogonal-rnn", "--output", str(output), "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(given)
+    assert command.main(given) == command.main(given) == 0
+    assert asked == [8, 32, 8, 32, 128]
+    found = json.loads(output.read_text())
+    assert len(found["growth"]) == 9 and found["done"] == ["growth"]
+    for key, value in (("environment", {"torch": "another"}), ("setting", {"dtype": "another"})):
+        output.write_text(json.dumps({**found, key: {**found[key], **value}}))
+        with pytest.raises(SystemExit):
+            command.main(given)
+        assert "made elsewhere, or with other settings" in capsys.readouterr().err
+
+
+def test_what_was_not_measured_is_said_in_its_table() -> None:
+    rows = _rows("ode", [BY_HAND, "inductor"], {"steps": 32})
+    made = {"cases": rows, "demo": [{"error": "no result after 1 s"}]}
+    assert tables.table("jax", made) == "jax: not measured"
+    assert tables.table("demo", made) == "demo: no result after 1 s"
+    assert "| `ode` |" in tables.table("cases", made)
+    assert tables.fill("<!-- jax -->\n<!-- /jax -->", made).count("not measured") == 1
+
+
+def test_ranks_that_take_too_long_are_ended() -> None:
+    (row,) = distributed.rows(0.5)
+    assert row == {"error": "no result after 0 s"}
+
+
 def test_what_is_cut_off_while_it_is_written_leaves_the_old_record(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     record.write(path, {"cases": [{"a": 1}], "command": "c"})
@@ -431,6 +491,12 @@ def test_what_is_cut_off_while_it_is_written_leaves_the_old_record(tmp_path: Pat
         (["--case", "foo"], "invalid choice: 'foo'"),
         (["--contestant", "foo"], "invalid choice: 'foo'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--output", "no_such_folder/x.json"], "not a file in a folder that exists"),
+        (["--code", __file__], "not a folder"),
+        (["--show", "no_such.json"], "--show no_such.json: not a record"),
+        (["--show", __file__], "not a record"),
+        (["--resume", "--output", __file__], "not a record"),
+        (["starts", "--device", "cuda"], "only cases and growth run on a GPU"),
         (["nothing"], "no section nothing: known are cases, growth"),
         (["--rounds", "0"], "--rounds and --limit must be positive numbers"),
         (["--limit", "nan"], "--rounds and --limit must be positive numbers"),
@@ -472,8 +538,8 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_record() -> None:
         text = page.read_text()
         assert tables.fill(text, found) == text, f"python -m benchmarks.tables {RECORD.name}"
         shown |= {*re.findall(r"<!-- (\w+) -->", text)}
-    assert shown >= tables.TABLES.keys()
-    assert len(tables.TABLES["readme"](found).splitlines()) == 2 + 5
+    assert shown >= {*tables.TABLES}
+    assert len(tables.table("readme", found).splitlines()) == 2 + 5
     changed = partial(re.sub, r"\d\.\d\d", "9.99")
     page = (ROOT / "README.md").read_text()
     assert tables.fill(changed(page), found) != changed(page)

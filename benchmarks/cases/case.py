@@ -79,6 +79,8 @@ class Case:
         the one as written.
     exported: whether what is compiled is exported and goes to AOTInductor.
     fullgraph: as ``torch.compile``'s, for every contestant that compiles.
+    called_in_a_loop: whether a step calls the model in a loop that is not compiled, so that
+        ``cached()`` is around the step.
     eager_by_hand: whether the source by hand runs in eager code, as Inductor needs many minutes
         for torch's backward of its parametrization.
     step, by_hand_step: what is timed; the second for the source by hand, if it differs.
@@ -98,6 +100,7 @@ class Case:
     effects: bool = False
     exported: bool = False
     fullgraph: bool = True
+    called_in_a_loop: bool = False
     eager_by_hand: bool = False
     step: Step | None = None
     by_hand_step: Step | None = None

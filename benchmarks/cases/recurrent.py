@@ -208,6 +208,7 @@ CASES = [
         about="a compiled cell that eager code calls in a loop",
         model=Cell,
         inputs=_rows,
+        called_in_a_loop=True,
         also=("fxparam-around",),
         step=_loop,
         by_hand_step=_loop_by_hand,
