@@ -147,6 +147,8 @@ def _add(section: str, plan: Plan, record: dict[str, Any]) -> None:
     start = time.perf_counter()
     for rows in SECTIONS[section](plan):
         record[section] += rows
+        if section == "cases":  # also of cases that were added later
+            record[section].sort(key=lambda row: [*CASES].index(row["case"]))
         record["minutes"] += (time.perf_counter() - start) / 60
         start = time.perf_counter()
         write(plan.output, record)
