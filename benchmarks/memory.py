@@ -1,4 +1,4 @@
-"""What torch's allocator has given out when it has given out most."""
+"""Measures the most that torch's allocator has given out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the passes cost, within the compilation they are part of: it grows linearly.
+"""Times the passes within the compilation they are part of: they grow linearly.
 
 Two kinds of captured graph: one weight evaluated again and again, and as many weights as there are
 evaluations, which share nothing though all look alike. A fresh process times a cold

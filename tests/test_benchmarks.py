@@ -368,7 +368,7 @@ def test_jax_by_hand_is_the_program_as_written(scan: bool) -> None:
 
 
 def _rows(case: str, names: list[str], size: dict[str, int], **_: Any) -> list[dict[str, Any]]:
-    """What is measured of a case, made up."""
+    """Return made-up figures of a case."""
     seconds = {BY_HAND: 1.0, "fxparam": 1.25}
     rows: list[dict[str, Any]] = []
     for name in names:
