@@ -76,8 +76,10 @@ def measure(
         except Exception as error:
             rows[name] = {"error": f"once it was timed: {first_line(error)}"}
             continue
-        with contextlib.suppress(Exception):  # its figures stand without a count
+        try:
             rows[name]["evaluations"] = it.counted(CONTESTANTS[name])
+        except Exception as error:  # its figures stand without a count
+            rows[name]["not_counted"] = first_line(error)
     where = {"case": case, "grows": it.case.grows, "value": it.case.knob(it.size)}
     another = {name: CONTESTANTS[name].is_another_program(it.case) for name in names}
     return [where | {"contestant": n, "another": another[n]} | rows[n] for n in names]

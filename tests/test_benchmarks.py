@@ -70,9 +70,13 @@ def test_plain_weights_have_the_results_of_the_parametrized_ones() -> None:
         case, expected = CASES[name], _expected(CASES[name], sharing=True)
         outcomes = outcomes_of(program(case, plain, case.tiny, HERE))
         check(outcomes, expected)
-        outcomes[0].tensors["output 0"] *= 1.01
-        with pytest.raises(Wrong, match="output 0"):
-            check(outcomes, expected)
+        both = outcomes[0].tensors.keys() & expected.eager[0].tensors.keys()
+        assert any(each.startswith("gradient") for each in both) == (name != "albert-lora")
+        for each in both:
+            changed = copy.deepcopy(outcomes)
+            changed[0].tensors[each] *= 1.01
+            with pytest.raises(Wrong, match=each):
+                check(changed, expected)
     made = program(RNN, plain, RNN.tiny, HERE)
     made.model.cell.weight.requires_grad_(False)
     with pytest.raises(Wrong, match=r"no gradient of cell\.weight"):
@@ -172,6 +176,8 @@ def test_a_contestant_that_is_wrong_is_refused_and_the_others_are_timed(
     }
 
     def made(case: Case, contestant: Any, *_: Any, counting: bool = False) -> Program:
+        if counting and contestant.name == "eager":
+            raise ArithmeticError("no count")
         change = changes.get(contestant.name)
         return _right() if counting or change is None else _with_body(change[0])
 
@@ -184,6 +190,8 @@ def test_a_contestant_that_is_wrong_is_refused_and_the_others_are_timed(
     for name, (_, line) in changes.items():
         assert "steps" not in rows[name] and rows[name]["error"].startswith(line)
     assert rows["fxparam-step"].keys() == rows["plain"].keys()  # no figures
+    assert rows["eager"]["not_counted"] == "ArithmeticError: no count"
+    assert rows[BY_HAND]["evaluations"] == [0, 0]  # of a stub that counts nothing
     for name in ("eager", BY_HAND):
         assert len(rows[name]["steps"]) == 7 and min(rows[name]["steps"]) > 0
 
@@ -208,6 +216,16 @@ def test_buffers_are_as_at_the_start_for_the_step_after_the_timing() -> None:
     next(t for name, t in outcome.tensors.items() if name.startswith("buffer")).mul_(1.1)
     with pytest.raises(Wrong, match="buffer of"):
         check([outcome], expected)
+
+
+def test_whole_numbers_are_compared_exactly_and_exchanged() -> None:
+    expected, actual = _expected(RNN), _expected(RNN).eager
+    for outcomes, count in ((expected.eager, 10**6), (expected.exact, 10**6), (actual, 10**6 + 1)):
+        outcomes[0].tensors["buffer of count"] = torch.tensor(count)
+    with pytest.raises(Wrong, match="buffer of count is not eager's"):
+        check(actual, expected)
+    assert checking._another(torch.tensor([1, 2]), 0).tolist() == [2, 1]
+    assert checking._copy(torch.tensor(1j)).tolist() == [0.0, 1.0]
 
 
 def test_where_eager_itself_has_no_precision_nothing_passes() -> None:
@@ -346,7 +364,7 @@ def test_a_process_that_fails_is_an_error_in_one_line() -> None:
     assert call("os:abort", 60) == {"error": "ended by SIGABRT"}
 
 
-def test_a_first_step_is_timed_and_finds_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setitem(CASES, "ode", dataclasses.replace(CASES["ode"], size=CASES["ode"].tiny))
     found = starts.first_step("ode", "fxparam", 0.0)
